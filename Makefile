@@ -1,0 +1,51 @@
+# `make demo` on a bare machine (Linux, Python 3.11 or newer, git, make) does everything itself.
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: help install demo serve test test-all check fix bench bento pins
+
+BIN := .venv/bin
+PORT ?= 8000
+HOST ?= 127.0.0.1
+export BENTOML_DO_NOT_TRACK ?= true
+# Reach recipes through the environment: no quoting of a prompt can go wrong.
+export IMAGE PROMPT PYTHON
+
+help: ## What there is
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
+
+install: ## .venv with the pinned packages; every target below does this first
+	@scripts/setup.sh
+
+demo: install ## Segment examples/shapes.jpg through the real API (IMAGE=photo.jpg PROMPT="blue square")
+	@$(BIN)/python examples/demo.py
+
+serve: install ## The service on http://127.0.0.1:8000 (HOST=, PORT=)
+	@exec $(BIN)/bentoml serve service:S3Backend --host $(HOST) --port $(PORT)
+
+test: install ## The tests (ARGS="-k urls" for some of them)
+	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: install ## The slow ones too
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: install ## Lint, format, types, import directions; writes nothing
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_import_directions.py
+
+fix: install ## Mend what lint and format can mend
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: install ## Load test of the batching (minutes)
+	@$(BIN)/python -m bench.batching $(ARGS)
+
+bento: install ## Build the bento
+	@$(BIN)/bentoml build
+
+# The pins in place are kept where they still fit: `make pins ARGS=--upgrade`, or ARGS="-P httpx", for newer ones.
+COMPILE := pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --annotation-style line
+pins: ## requirements*.txt anew from requirements*.in
+	@$(BIN)/uv $(COMPILE) $(ARGS) requirements.in -o requirements.txt
+	@$(BIN)/uv $(COMPILE) $(ARGS) requirements-dev.in -o requirements-dev.txt

@@ -1,0 +1,61 @@
+"""What the README says one can type does what it says, against the built bento."""
+
+import io
+import json
+import re
+import subprocess
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from examples.draw_shapes import SHAPES_JPG, mask_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def curl_commands(page: str) -> str:
+    """The block that begins with the upload: the round trip by hand."""
+    (found,) = (block for block in blocks(page, "sh") if block.startswith("curl -T"))
+    return found
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.ko.md"])
+def test_the_round_trip_by_curl_ends_with_the_mask(
+    page: str, bento_client: httpx.Client, tmp_path: Path
+) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    script = (
+        curl_commands(page).replace(":8000", f":{bento_client.base_url.port}").replace("curl ", "curl -fsS ")
+    )
+    result = subprocess.run(
+        ["sh", "-e"], input=script, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+    mask = np.asarray(Image.open(tmp_path / "mask.png").convert("L")) > 127
+    truth = mask_of("red", "circle")
+    assert (mask & truth).sum() / (mask | truth).sum() > 0.85
+
+
+def test_the_library_example_prints_three_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    (example,) = blocks("README.md", "python")
+    with redirect_stdout(io.StringIO()) as printed:
+        exec(compile(example, "README.md", "exec"), {})
+    assert len(re.findall(r"[01]\.\d*", printed.getvalue().split("]")[0])) == 3
+
+
+def test_the_answer_that_the_readme_shows_has_the_fields_of_a_real_one(bento_client: httpx.Client) -> None:
+    shown = json.loads(blocks("README.md", "json")[0])
+    image = bento_client.put("/files/uploads/shapes.jpg", content=SHAPES_JPG.read_bytes()).json()
+    request = {"image_url": image["key"], "text_prompt": "red circle", "user_id": "me", "task_id": "shown"}
+    real = bento_client.post("/api/v1/predict", json=request).json()
+    assert list(shown) == list(real)
+    assert list(shown["instances"][0]) == list(real["instances"][0])
