@@ -1,0 +1,1 @@
+"""Real counterparts of what the service talks to, started by the tests on free loopback ports."""
