@@ -1,0 +1,464 @@
+"""One task from image to mask to row.
+
+    row → processing ─┐
+                      ├─▶ segment ─▶ encode + upload, masks side by side ─▶ row → done
+    download ─ decode ┘
+
+Whatever fails, times out or is given up leaves an `error` row behind, and then the first error is raised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from sam3_runner import errors as runner_errors
+from sam3_runner import rle
+from sam3_runner.images import ImageLimits, open_image, resize_for_model
+from sam3_runner.masks import encode_png
+from sam3_runner.types import (
+    ItemError,
+    ModelInfo,
+    RunLengthMask,
+    Segmentation,
+    SegmentItem,
+    SegmentResult,
+    TextPrompt,
+)
+from storage import ObjectStore
+from tasks.errors import TaskConflict, TaskNotFound
+from tasks.failures import ErrorRows
+from tasks.keys import prompt_mask_key, union_mask_key
+from tasks.store import TaskInputs, TaskResult, TaskStore
+
+T = TypeVar("T")
+
+STAGES: Final = ("download", "decode", "queue", "infer", "encode", "upload", "row_update")
+# Supabase Realtime sends rows of at most 1 MB: this many instances of some 100 bytes stay far below it.
+MAX_INSTANCES_IN_ROW: Final = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What one request asks for.
+
+    Attributes:
+        prompts: At least one; exactly one unless `is_batch`.
+        is_batch: Masks go to `masks/{task_id}/{i}.png`, and their union to `masks/{task_id}.png`.
+    """
+
+    task_id: str
+    user_id: str
+    image_url: str
+    prompts: tuple[str, ...]
+    score_threshold: float
+    request_id: str
+    is_batch: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.prompts or (len(self.prompts) > 1 and not self.is_batch):
+            raise ValueError(f"{len(self.prompts)} prompts in a job with is_batch={self.is_batch}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptOutcome:
+    """What one prompt found.
+
+    Attributes:
+        mask_key: Key of the union of its instances, a PNG of the image's own size.
+        mask_url: Where others read that mask.
+    """
+
+    prompt: str
+    mask_key: str
+    mask_url: str
+    segmentation: Segmentation
+
+    @property
+    def confidence(self) -> float:
+        """The best instance's score, 0.0 if nothing was found."""
+        return float(np.max(self.segmentation.scores, initial=0.0))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The prompt, if it found anything."""
+        return (self.prompt,) if len(self.segmentation.scores) else ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class JobOutcome:
+    """What a whole job came to. The row says the same.
+
+    Attributes:
+        image_size_hw: Of the upright image.
+        prompts: One per prompt of the job, in order.
+        mask_key: Key of the union over all prompts.
+        mask_url: Where others read that mask.
+        stage_ms: Milliseconds for each of `STAGES`. Stages overlap: the sum may exceed the time the job took.
+            `encode` adds up the time of all masks; `upload` is from the first begin to the last end;
+            `row_update` adds up both updates.
+        model: What segmented it.
+        batch_size: How many requests shared the model's batch.
+    """
+
+    image_size_hw: tuple[int, int]
+    prompts: tuple[PromptOutcome, ...]
+    mask_key: str
+    mask_url: str
+    stage_ms: dict[str, float]
+    model: ModelInfo
+    batch_size: int
+
+    @property
+    def confidence(self) -> float:
+        """The best score over all prompts, 0.0 if nothing was found."""
+        return max(prompt.confidence for prompt in self.prompts)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The prompts that found something, in order."""
+        return tuple(label for prompt in self.prompts for label in prompt.labels)
+
+    @property
+    def inference_time_ms(self) -> float:
+        """Time that the batch this image was in spent in the model."""
+        return self.stage_ms["infer"]
+
+
+class Runner(Protocol):
+    """Where the model is: in this process or in another."""
+
+    async def segment(self, item: SegmentItem) -> SegmentResult:
+        """Segments one image; what is wrong with this item alone comes back as `error`."""
+        ...
+
+    async def info(self) -> ModelInfo:
+        """What is loaded."""
+        ...
+
+
+class ImageKeys(Protocol):
+    """Which image URLs are ours (see `storage.ImageUrls`)."""
+
+    def key_of(self, image_url: str) -> str:
+        """The object key behind a URL. Raises `storage.ForeignUrl`; never connects."""
+        ...
+
+
+class Pipeline:
+    """Runs jobs; holds no state of any of them.
+
+    Args:
+        store: Images are read from it, masks are written to it.
+        tasks: Rows.
+        runner: The model.
+        urls: Tells keys from image URLs.
+        limits: Of image files.
+        code_of: Code and message, as callers see them, of any exception.
+        codec_pool: Threads that decode images and encode masks. Not shut down here.
+        timeout_s: For a whole job, without the writing of the error row; None for none.
+        fail_deadline_s: For writing the error row, before the error is raised.
+        fail_patience_s: For writing it in the background, if the store of the rows is what failed.
+        max_uploads: Masks of one job that are uploaded side by side.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        tasks: TaskStore,
+        runner: Runner,
+        urls: ImageKeys,
+        limits: ImageLimits,
+        *,
+        code_of: Callable[[BaseException], tuple[str, str]],
+        codec_pool: Executor,
+        timeout_s: float | None = None,
+        fail_deadline_s: float = 5.0,
+        fail_patience_s: float = 600.0,
+        max_uploads: int = 8,
+    ) -> None:
+        self._store = store
+        self._tasks = tasks
+        self._runner = runner
+        self._urls = urls
+        self._limits = limits
+        self._code_of = code_of
+        self._codec_pool = codec_pool
+        self._timeout_s = timeout_s
+        self._fail_deadline_s = fail_deadline_s
+        self._max_uploads = max_uploads
+        self._model: ModelInfo | None = None
+        self._error_rows = ErrorRows(tasks, deadline_s=fail_deadline_s, patience_s=fail_patience_s)
+
+    async def run(self, job: Job) -> JobOutcome:
+        """Does one job, whole.
+
+        Returns:
+            What was found; masks are uploaded and the row is `done`.
+
+        Raises:
+            InvalidTaskId, TaskNotFound, TaskConflict: nothing was computed, and no row was touched.
+            TaskError, StorageError, RunnerError, TimeoutError: the row is `error`, if it could be reached.
+                The stage times known so far are on the error as `stage_ms`.
+        """
+        mask_key = union_mask_key(job.task_id)
+        work = _Work(job)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._work(work, mask_key)
+        except (TaskNotFound, TaskConflict) as error:  # the row is not there, or another request's
+            error.__dict__["stage_ms"] = work.clock.stage_ms
+            raise
+        except (Exception, asyncio.CancelledError) as error:  # the row must not stay `processing`
+            error.__dict__["stage_ms"] = work.clock.stage_ms
+            code, message = self._code_of(error)
+            await self._error_rows.write(work.inputs, code, message, after=work.row_write)
+            raise
+
+    async def aclose(self) -> None:
+        """Waits for error rows that are still to be written, for a few seconds. Closes none of the parts."""
+        await self._error_rows.aclose()
+
+    async def _work(self, work: _Work, mask_key: str) -> JobOutcome:
+        work.inputs = _inputs(work.job, self._urls.key_of(work.job.image_url))
+        image, model = await self._claim_and_load(work)
+        result = await self._segment(work, image)
+        prompts = await self._save_masks(work, image.size_hw, result.segmentations, mask_key)
+        outcome = JobOutcome(
+            image_size_hw=image.size_hw,
+            prompts=prompts,
+            mask_key=mask_key,
+            mask_url=self._store.public_url(mask_key),
+            stage_ms=work.clock.stage_ms,
+            model=model,
+            batch_size=result.batch_size,
+        )
+        finishing = work.write_row(lambda: self._tasks.finish(work.inputs, _row_result(outcome)))
+        await asyncio.shield(finishing)  # all else is done: whoever gives up now must not undo it
+        return outcome
+
+    async def _claim_and_load(self, work: _Work) -> tuple[_ModelInput, ModelInfo]:
+        """The row to `processing` beside the download; what the row says comes first, if both fail."""
+        claim = work.write_row(lambda: self._tasks.start(work.inputs))
+        load = asyncio.create_task(self._load(work))
+        try:
+            await asyncio.shield(claim)
+            return await load
+        except BaseException:
+            load.cancel()
+            await asyncio.gather(load, return_exceptions=True)
+            raise
+
+    async def _load(self, work: _Work) -> tuple[_ModelInput, ModelInfo]:
+        data, model = await _together(self._download(work), self._model_info())
+        with work.clock.timed("decode"):
+            image = await self._in_pool(_decode, data, self._limits, model.input_size_px)
+        return image, model
+
+    async def _download(self, work: _Work) -> bytes:
+        with work.clock.timed("download"):
+            return await self._store.get(work.inputs.image_key, self._limits.max_bytes)
+
+    async def _model_info(self) -> ModelInfo:
+        if self._model is None:
+            self._model = await self._runner.info()
+        return self._model
+
+    async def _segment(self, work: _Work, image: _ModelInput) -> SegmentResult:
+        prompts = tuple(TextPrompt(text) for text in work.job.prompts)
+        item = SegmentItem(image.pixels, image.size_hw, prompts, work.job.score_threshold)
+        began = time.perf_counter()
+        result = await self._runner.segment(item)
+        call_ms = (time.perf_counter() - began) * 1000
+        work.clock.add("infer", result.infer_ms)
+        work.clock.add("queue", max(0.0, call_ms - result.infer_ms))
+        if result.error is not None:
+            raise runner_error(result.error)
+        if len(result.segmentations) != len(prompts):
+            raise runner_errors.InferenceFailed(
+                f"the runner answered {len(result.segmentations)} of {len(prompts)} prompts"
+            )
+        return result
+
+    async def _save_masks(
+        self, work: _Work, size_hw: tuple[int, int], segmentations: Sequence[Segmentation], mask_key: str
+    ) -> tuple[PromptOutcome, ...]:
+        """Encodes and uploads masks side by side: that of the task and, in a batch, those of the prompts."""
+        job = work.job
+        keys = [
+            prompt_mask_key(job.task_id, i) if job.is_batch else mask_key for i in range(len(job.prompts))
+        ]
+        masks_of = {mask_key: [mask for segmentation in segmentations for mask in segmentation.masks]}
+        masks_of |= {key: list(found.masks) for key, found in zip(keys, segmentations, strict=True)}
+        places = asyncio.Semaphore(self._max_uploads)
+        saves = [self._save_mask(work, key, masks, size_hw, places) for key, masks in masks_of.items()]
+        await _together(*saves)
+        return tuple(
+            PromptOutcome(prompt, key, self._store.public_url(key), found)
+            for prompt, key, found in zip(job.prompts, keys, segmentations, strict=True)
+        )
+
+    async def _save_mask(
+        self,
+        work: _Work,
+        key: str,
+        masks: list[RunLengthMask],
+        size_hw: tuple[int, int],
+        places: asyncio.Semaphore,
+    ) -> None:
+        async with places:
+            png, encode_ms = await self._in_pool(_encode_union, masks, size_hw)
+            work.clock.add("encode", encode_ms)
+            with work.clock.spanned("upload"):
+                await self._store.put(key, png, "image/png")
+
+    async def _in_pool(self, call: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._codec_pool, call, *arguments)
+
+
+class _Work:
+    """What changes while one job runs: its row writes and its clock."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.inputs = _inputs(job)
+        self.clock = _Clock()
+        self.row_write: asyncio.Task[None] | None = None
+
+    def write_row(self, write: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
+        """Starts an update of the row that goes on when its waiter is cancelled."""
+
+        async def timed() -> None:
+            with self.clock.timed("row_update"):
+                await write()
+
+        self.row_write = asyncio.create_task(timed())
+        return self.row_write
+
+
+@dataclass(slots=True)
+class _Clock:
+    """Milliseconds per stage of one job."""
+
+    stage_ms: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    first_begin_s: dict[str, float] = field(default_factory=dict)
+
+    def add(self, stage: str, elapsed_ms: float) -> None:
+        self.stage_ms[stage] += elapsed_ms
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Adds the time of the block to the stage."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(stage, (time.perf_counter() - began) * 1000)
+
+    @contextmanager
+    def spanned(self, stage: str) -> Iterator[None]:
+        """Makes the stage last from the first block's begin to the last one's end."""
+        began = self.first_begin_s.setdefault(stage, time.perf_counter())
+        try:
+            yield
+        finally:
+            self.stage_ms[stage] = (time.perf_counter() - began) * 1000
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _ModelInput:
+    """An image as the runner takes it: (S, S, 3) uint8 RGB, and the upright original's size."""
+
+    pixels: npt.NDArray[np.uint8]
+    size_hw: tuple[int, int]
+
+
+def runner_error(error: ItemError) -> runner_errors.RunnerError:
+    """The runner's error that came as data; one that has no name here is `InferenceFailed`."""
+    named = {_plain(cls.__name__): cls for cls in _subclasses(runner_errors.RunnerError)}
+    return named.get(_plain(error.code), runner_errors.InferenceFailed)(error.message)
+
+
+def _subclasses(cls: type[runner_errors.RunnerError]) -> Iterator[type[runner_errors.RunnerError]]:
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
+
+
+def _plain(name: str) -> str:
+    return re.sub("[^a-z]", "", name.lower())
+
+
+def _inputs(job: Job, image_key: str = "") -> TaskInputs:
+    return TaskInputs(
+        task_id=job.task_id,
+        user_id=job.user_id,
+        image_url=job.image_url,
+        image_key=image_key,
+        prompts=job.prompts,
+        score_threshold=job.score_threshold,
+        request_id=job.request_id,
+    )
+
+
+def _decode(data: bytes, limits: ImageLimits, input_size_px: int) -> _ModelInput:
+    image = open_image(data, limits)  # (H, W, 3)
+    height, width = image.shape[:2]
+    return _ModelInput(resize_for_model(image, input_size_px), (height, width))
+
+
+def _encode_union(masks: Sequence[RunLengthMask], size_hw: tuple[int, int]) -> tuple[bytes, float]:
+    """The union as PNG, and the milliseconds that it took."""
+    began = time.perf_counter()
+    png = encode_png(rle.union(masks, size_hw))
+    return png, (time.perf_counter() - began) * 1000
+
+
+def _row_result(outcome: JobOutcome) -> TaskResult:
+    height, width = outcome.image_size_hw
+    found = sorted(_instances(outcome.prompts), key=lambda instance: -instance["score"])
+    return TaskResult(
+        mask_image_url=outcome.mask_url,
+        labels=outcome.labels,
+        metadata={
+            "inference_time_ms": round(outcome.inference_time_ms, 3),
+            "confidence": outcome.confidence,
+            "image_size": {"width": width, "height": height},
+            "instance_count": len(found),
+            "instances": found[:MAX_INSTANCES_IN_ROW],
+            "model": {"name": outcome.model.model_name, "version": outcome.model.model_version},
+        },
+    )
+
+
+def _instances(prompts: Iterable[PromptOutcome]) -> Iterator[dict[str, Any]]:
+    for outcome in prompts:
+        found = outcome.segmentation
+        for score, box, mask in zip(found.scores, found.boxes_xyxy_px, found.masks, strict=True):
+            yield {
+                "prompt": outcome.prompt,
+                "score": round(float(score), 4),
+                "box_xyxy_px": [round(float(edge), 1) for edge in box],
+                "area_px": int(rle.area_px(mask)),
+            }
+
+
+async def _together(*coroutines: Coroutine[Any, Any, Any]) -> tuple[Any, ...]:
+    """Results of all, in order. The first failure cancels the others and is raised as it is."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    try:
+        return tuple(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
