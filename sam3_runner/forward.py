@@ -1,0 +1,144 @@
+"""SAM3's forward pass, in the three parts that the runner and the training need apart: image, text, decoding.
+
+`Sam3Model.forward` does all three at once, makes the masks of all queries and returns the last decoder layer
+alone. A test holds `decode` equal to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Sam3Model
+
+BOX_EPS = 1e-3  # as `inverse_sigmoid` of SAM3: keeps the logit of a box at the border finite
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """Encoded images, or image halves of (image, prompt) pairs.
+
+    Attributes:
+        levels: (B, C, H_i, W_i) each, fine to coarse; the last one is what the DETR encoder reads.
+        position: (1, C, H, W), the position encoding of the last level, the same for every image.
+    """
+
+    levels: tuple[Tensor, ...]
+    position: Tensor
+
+    def select(self, index: Tensor) -> ImageFeatures:
+        """The features of chosen images, one for each entry of `index` (B,)."""
+        return ImageFeatures(tuple(level[index] for level in self.levels), self.position)
+
+    def repeat_each(self, times: int) -> ImageFeatures:
+        """(I, …) -> (I·times, …), by expansion: its gradient is a sum, an index's is a slow scatter."""
+        repeated = (level[:, None].expand(-1, times, -1, -1, -1).flatten(0, 1) for level in self.levels)
+        return ImageFeatures(tuple(repeated), self.position)
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """Encoded prompts: `tokens` (B, T, C), and `is_token` (B, T) bool, False where a token is padding."""
+
+    tokens: Tensor
+    is_token: Tensor
+
+    def select(self, index: Tensor) -> TextFeatures:
+        """The features of chosen prompts, one for each entry of `index` (B,)."""
+        return TextFeatures(self.tokens[index], self.is_token[index])
+
+
+@dataclass(frozen=True)
+class LayerOutputs:
+    """What the model says after each of its L decoder layers, for B (image, prompt) pairs and N queries.
+
+    Attributes:
+        logits: (L, B, N) float32 class logits.
+        boxes_cxcywh: (L, B, N, 4) float32 in [0, 1] of the image's width and height.
+        presence_logits: (L, B) float32.
+        mask_embeddings: (L, B, N, C), to be multiplied with `pixel_embeddings`.
+        pixel_embeddings: (B, C, h, w). Mask logits of query n are the inner product over C.
+        semantic_logits: (B, h, w), "does this pixel belong to what the prompt names", or None if not asked for:
+            training learns from it, the runner has no use for it.
+    """
+
+    logits: Tensor
+    boxes_cxcywh: Tensor
+    presence_logits: Tensor
+    mask_embeddings: Tensor
+    pixel_embeddings: Tensor
+    semantic_logits: Tensor | None
+
+
+def encode_image(model: Sam3Model, pixel_values: Tensor) -> ImageFeatures:
+    """Encode I images.
+
+    Args:
+        model: Its vision encoder is used.
+        pixel_values: (I, 3, S, S), normalised to [-1, 1].
+    """
+    vision = model.vision_encoder(pixel_values)
+    # The last, coarsest level is made by the model's neck but not used by its detector.
+    return ImageFeatures(vision.fpn_hidden_states[:-1], vision.fpn_position_encoding[-2][:1])
+
+
+def encode_text(model: Sam3Model, input_ids: Tensor, attention_mask: Tensor) -> TextFeatures:
+    """Encode B prompts.
+
+    Args:
+        model: Its text encoder is used.
+        input_ids: (B, T) tokens.
+        attention_mask: (B, T), 1 where a token is real.
+    """
+    encoded = model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
+    return TextFeatures(encoded.pooler_output, attention_mask.bool())
+
+
+def decode(
+    model: Sam3Model, image: ImageFeatures, text: TextFeatures, *, with_semantic: bool = False
+) -> LayerOutputs:
+    """Answer B (image, prompt) pairs: `image` and `text` hold B of each, pair b being row b of both."""
+    finest_read = image.levels[-1]
+    encoded = model.detr_encoder(
+        vision_features=[finest_read],
+        text_features=text.tokens,
+        vision_pos_embeds=[image.position.expand(len(finest_read), -1, -1, -1)],
+        text_mask=text.is_token,
+    )
+    decoded = model.detr_decoder(
+        vision_features=encoded.last_hidden_state,
+        text_features=encoded.text_features,
+        vision_pos_encoding=encoded.pos_embeds_flattened,
+        text_mask=text.is_token,
+        spatial_shapes=encoded.spatial_shapes,
+    )
+    queries = decoded.intermediate_hidden_states  # (L, B, N, C)
+    offsets = model.detr_decoder.box_head(queries)
+    boxes = (torch.logit(decoded.reference_boxes.float(), eps=BOX_EPS) + offsets.float()).sigmoid()
+    logits = model.dot_product_scoring(
+        decoder_hidden_states=queries, text_features=encoded.text_features, text_mask=text.is_token
+    )
+    pixels = _decode_pixels(model, image, text, encoded.last_hidden_state)
+    head = model.mask_decoder
+    return LayerOutputs(
+        logits=logits.squeeze(-1).float(),
+        boxes_cxcywh=boxes,
+        presence_logits=decoded.presence_logits.squeeze(-1).float(),
+        mask_embeddings=head.mask_embedder(queries),
+        pixel_embeddings=head.instance_projection(pixels),
+        semantic_logits=head.semantic_projection(pixels)[:, 0] if with_semantic else None,
+    )
+
+
+def _decode_pixels(model: Sam3Model, image: ImageFeatures, text: TextFeatures, encoded: Tensor) -> Tensor:
+    """(B, C, h, w) features at the finest level, as the mask decoder makes them."""
+    decoder = model.mask_decoder
+    attended, _ = decoder.prompt_cross_attn(
+        query=decoder.prompt_cross_attn_norm(encoded),
+        key=text.tokens,
+        value=text.tokens,
+        attention_mask=text.is_token[:, None, None, :],  # (B, T) -> (B, 1, 1, T), over heads and pixels
+    )
+    pixels: Tensor = decoder._embed_pixels(list(image.levels), encoded + attended)
+    return pixels

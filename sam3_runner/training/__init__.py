@@ -1,0 +1,1 @@
+"""Train and evaluate a tiny SAM 3 on synthetic scenes."""

@@ -1,0 +1,152 @@
+"""Scenes as training samples: pixels, prompts and their ground truth. Sample `i` is the same on every run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import CLIPTokenizer
+
+from sam3_runner.images import resize_for_model
+from sam3_runner.training.losses import Target
+from sam3_runner.training.scenes import COLOURS, SHAPES, Scene, ScenePrompt, draw_prompt, draw_scene
+
+# Words that no scene answers to: a newcomer who asks the demo for a cat must get nothing, not the nearest shape.
+UNKNOWN_COLOURS = ("pink", "brown", "grey", "cyan", "golden", "striped")
+UNKNOWN_THINGS = (
+    "cat dog car person tree house boat bird horse chair table flower bottle cup phone book hat shoe wheel bus "
+    "truck bicycle apple banana heart hexagon pentagon diamond arrow moon oval cube line letter word face hand eye"
+).split()
+UNKNOWN_SHARE = 0.06
+
+
+@dataclass(frozen=True)
+class Batch:
+    """I images with P prompts each, B = I·P pairs; the prompts of an image stand beside each other.
+
+    Attributes:
+        pixel_values: (I, 3, S, S) float32 in [-1, 1].
+        input_ids: (B, T) tokens, padded to the longest.
+        attention_mask: (B, T), 1 where a token is real.
+        targets: B ground truths, masks at twice the model's own mask resolution.
+        kinds: (I, K, m, m), share of each pixel that is of each colour and each shape; see `paint_kinds`.
+    """
+
+    pixel_values: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    targets: list[Target]
+    kinds: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        return Batch(
+            self.pixel_values.to(device),
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            [Target(target.boxes_cxcywh.to(device), target.masks.to(device)) for target in self.targets],
+            self.kinds.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with its prompts. `pixels` is (S, S, 3) uint8."""
+
+    pixels: npt.NDArray[np.uint8]
+    prompts: tuple[str, ...]
+    targets: tuple[Target, ...]
+    kinds: Tensor
+
+
+class SceneDataset(Dataset[Sample]):
+    """Endless scenes, indexed: `dataset[i]` depends on `seed` and `i` alone, so that training can resume anywhere."""
+
+    def __init__(self, seed: int, image_size_px: int, mask_size_px: int, prompts_per_image: int) -> None:
+        self._seed = seed
+        self._image_size_px = image_size_px
+        self._mask_size_px = mask_size_px
+        self._prompts_per_image = prompts_per_image
+
+    def __getitem__(self, index: int) -> Sample:
+        """Draw scene `index` and its prompts."""
+        rng = np.random.default_rng([self._seed, index])
+        scene = draw_scene(rng)
+        prompts = [draw_any_prompt(rng, scene) for _ in range(self._prompts_per_image)]
+        boxes, masks = _truth(scene, self._mask_size_px)
+        targets = tuple(Target(boxes[list(p.matches)], masks[list(p.matches)]) for p in prompts)
+        pixels = resize_for_model(scene.image, self._image_size_px)
+        kinds = paint_kinds(scene, F.avg_pool2d(masks, 2))
+        return Sample(pixels, tuple(prompt.text for prompt in prompts), targets, kinds)
+
+
+class Collate:
+    """Joins samples to a `Batch`; an object, so that worker processes can receive it."""
+
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        """Stack images, tokenize all prompts together."""
+        tokens = self._tokenizer(
+            [text for sample in samples for text in sample.prompts], padding=True, return_tensors="pt"
+        )
+        return Batch(
+            normalise(np.stack([sample.pixels for sample in samples])),
+            tokens.input_ids,
+            tokens.attention_mask,
+            [target for sample in samples for target in sample.targets],
+            torch.stack([sample.kinds for sample in samples]),
+        )
+
+
+def draw_any_prompt(rng: np.random.Generator, scene: Scene) -> ScenePrompt:
+    """A prompt about the scene, or now and then one about something that scenes never show."""
+    if rng.random() >= UNKNOWN_SHARE:
+        return draw_prompt(rng, scene)
+    thing = str(rng.choice(UNKNOWN_THINGS))
+    texts = (
+        thing,
+        f"{rng.choice(list(COLOURS))} {thing}",
+        f"{rng.choice(UNKNOWN_COLOURS)} {rng.choice(SHAPES)}",
+        "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), rng.integers(3, 10))),
+    )
+    return ScenePrompt(str(rng.choice(texts)), ())
+
+
+def paint_kinds(scene: Scene, masks: Tensor) -> Tensor:
+    """What every pixel shows, as shares: none or one of 8 colours, then none or one of 6 shapes.
+
+    Args:
+        scene: With G objects.
+        masks: (G, m, m), coverage of each pixel by each object.
+    Returns:
+        (1 + 8 + 1 + 6, m, m); the first 9 add up to 1 everywhere, and so do the last 7.
+    """
+    parts = []
+    for names, kind_of in ((list(COLOURS), "colour"), (list(SHAPES), "shape")):
+        index = torch.tensor([names.index(getattr(item, kind_of)) for item in scene.objects])
+        painted = masks.new_zeros(len(names), *masks.shape[1:]).index_add(0, index, masks)
+        parts += [(1 - painted.sum(0, keepdim=True)).clamp(min=0), painted]
+    return torch.cat(parts)
+
+
+def normalise(pixels: npt.NDArray[np.uint8]) -> Tensor:
+    """(I, S, S, 3) uint8 -> (I, 3, S, S) float32 in [-1, 1], SAM3's mean and deviation of 0.5."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+
+
+def _truth(scene: Scene, mask_size_px: int) -> tuple[Tensor, Tensor]:
+    """(G, 4) relative boxes and (G, m, m) coverage of every object."""
+    height, width = scene.image.shape[:2]
+    corners = torch.tensor([item.box_xyxy_px for item in scene.objects], dtype=torch.float32)
+    corners = corners / torch.tensor([width, height, width, height])
+    boxes = torch.cat([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], dim=1)
+    masks = torch.from_numpy(np.stack([item.mask for item in scene.objects])).float()
+    return boxes, F.adaptive_avg_pool2d(masks, (mask_size_px, mask_size_px))

@@ -1,0 +1,119 @@
+"""The PNG of a mask is exact for every reader, and the overlay shows each instance."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from PIL import Image
+
+from sam3_runner import masks, rle
+
+
+def disc(size_hw: tuple[int, int], y: int, x: int, radius: int) -> np.ndarray:
+    rows, columns = np.mgrid[: size_hw[0], : size_hw[1]]
+    return (rows - y) ** 2 + (columns - x) ** 2 < radius**2
+
+
+class TestPng:
+    @settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+    @given(st.tuples(st.integers(1, 40), st.integers(1, 40)).flatmap(lambda shape: arrays(np.bool_, shape)))
+    def test_pillow_reads_0_and_255_at_the_masks_own_size(self, mask: np.ndarray) -> None:
+        image = Image.open(io.BytesIO(masks.encode_png(mask)))
+        assert image.size == mask.shape[::-1]
+        assert image.mode == "L"
+        assert np.array_equal(np.asarray(image), np.where(mask, 255, 0))
+
+    @pytest.mark.parametrize("value", [False, True])
+    @pytest.mark.parametrize("size_hw", [(1, 1), (1, 20_000), (20_000, 1), (600, 800)])
+    def test_empty_and_full_masks_are_exact(self, size_hw: tuple[int, int], value: bool) -> None:
+        image = Image.open(io.BytesIO(masks.encode_png(np.full(size_hw, value))))
+        assert image.size == size_hw[::-1]
+        assert image.getextrema() == (255 * value, 255 * value)
+
+    def test_a_mask_that_lies_columns_first_in_memory_is_the_same(self) -> None:
+        mask = disc((50, 70), 20, 30, 15)
+        assert masks.encode_png(np.asfortranarray(mask)) == masks.encode_png(mask)
+
+    def test_the_file_follows_the_standard_to_the_byte(self) -> None:
+        data = masks.encode_png(np.eye(3, 5, dtype=bool))
+        assert data[:8] == b"\x89PNG\r\n\x1a\n"
+        names, at = [], 8
+        while at < len(data):
+            length, name = struct.unpack_from(">I4s", data, at)
+            assert struct.unpack_from(">I", data, at + 8 + length)[0] == zlib.crc32(
+                data[at + 4 : at + 8 + length]
+            )
+            names.append(name)
+            at += 12 + length
+        assert names == [b"IHDR", b"IDAT", b"IEND"]
+
+    def test_twelve_megapixels_fit_into_a_few_kilobytes(self) -> None:
+        assert len(masks.encode_png(np.ones((3000, 4000), dtype=bool))) < 50_000
+
+    @pytest.mark.parametrize(
+        "mask", [np.zeros((2, 2), np.uint8), np.zeros((0, 2), bool), np.zeros(4, bool)], ids=str
+    )
+    def test_what_is_no_mask_is_refused(self, mask: np.ndarray) -> None:
+        with pytest.raises(ValueError, match="Expected a mask"):
+            masks.encode_png(mask)
+
+
+class TestOverlay:
+    size_hw = (120, 160)
+
+    def test_each_instance_is_tinted_in_its_own_color_and_the_rest_is_left(self) -> None:
+        image = np.full((*self.size_hw, 3), 100, np.uint8)
+        left, right = disc(self.size_hw, 60, 40, 25), disc(self.size_hw, 60, 120, 25)
+        overlay = masks.draw_overlay(image, [rle.encode_mask(left), rle.encode_mask(right)])
+        assert np.array_equal(overlay[~(left | right)], image[~(left | right)])
+        assert (overlay[left] != 100).any(axis=1).all()
+        assert not np.array_equal(overlay[60, 40], overlay[60, 120])
+        assert (image == 100).all()
+
+    def test_an_outline_runs_around_each_instance(self) -> None:
+        image = np.zeros((*self.size_hw, 3), np.uint8)
+        shape = disc(self.size_hw, 60, 80, 30)
+        overlay = masks.draw_overlay(image, [rle.encode_mask(shape)])
+        inside, rim = overlay[60, 80], overlay[60, 51]
+        assert rim.max() > inside.max()
+
+    def test_the_best_instance_lies_on_top(self) -> None:
+        image = np.zeros((*self.size_hw, 3), np.uint8)
+        shape = rle.encode_mask(disc(self.size_hw, 60, 80, 30))
+        alone = masks.draw_overlay(image, [shape])
+        both = masks.draw_overlay(image, [shape, shape])
+        assert np.array_equal(alone[60, 51], both[60, 51])
+
+    def test_labels_are_written_and_stay_inside_the_image(self) -> None:
+        image = np.zeros((*self.size_hw, 3), np.uint8)
+        shapes = [rle.encode_mask(disc(self.size_hw, y, x, 8)) for y, x in ((2, 2), (118, 158))]
+        plain = masks.draw_overlay(image, shapes)
+        labelled = masks.draw_overlay(image, shapes, ["red circle 0.98", "빨간 원 0.97"])
+        assert labelled.shape == image.shape
+        assert (labelled != plain).any()
+
+    def test_empty_masks_and_no_masks_leave_the_image_as_it_is(self) -> None:
+        image = np.full((*self.size_hw, 3), 7, np.uint8)
+        empty = rle.encode_mask(np.zeros(self.size_hw, bool))
+        assert np.array_equal(masks.draw_overlay(image, []), image)
+        assert np.array_equal(masks.draw_overlay(image, [empty], ["nothing"]), image)
+
+    @pytest.mark.parametrize("size_hw", [(1, 1), (1, 300), (300, 1)])
+    def test_the_smallest_images_can_be_drawn_on(self, size_hw: tuple[int, int]) -> None:
+        full = rle.encode_mask(np.ones(size_hw, bool))
+        assert masks.draw_overlay(np.zeros((*size_hw, 3), np.uint8), [full], ["x"]).shape == (*size_hw, 3)
+
+    def test_a_mask_of_another_size_and_a_missing_label_are_refused(self) -> None:
+        image = np.zeros((*self.size_hw, 3), np.uint8)
+        with pytest.raises(ValueError, match="image's size"):
+            masks.draw_overlay(image, [rle.encode_mask(np.ones((2, 2), bool))])
+        mask = rle.encode_mask(np.ones(self.size_hw, bool))
+        with pytest.raises(ValueError, match="one label for each"):
+            masks.draw_overlay(image, [mask, mask], ["only one"])

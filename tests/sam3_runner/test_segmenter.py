@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sam3_runner import rle
+from sam3_runner.errors import DeviceOutOfMemory, InvalidPrompt, TooManyPrompts
+from sam3_runner.images import resize_for_model
+from sam3_runner.segmenter import Segmenter
+from sam3_runner.training.evaluate import Question, evaluate
+from sam3_runner.training.scenes import Scene
+from sam3_runner.types import Segmentation, SegmentItem, TextPrompt
+
+
+def ask(*texts: str) -> tuple[TextPrompt, ...]:
+    return tuple(TextPrompt(text) for text in texts)
+
+
+def item_of(scene: Scene, texts: tuple[str, ...], threshold: float = 0.5) -> SegmentItem:
+    height, width = scene.image.shape[:2]
+    return SegmentItem(resize_for_model(scene.image, 240), (height, width), ask(*texts), threshold)
+
+
+def assert_same_answer(one: Segmentation, other: Segmentation) -> None:
+    np.testing.assert_allclose(one.scores, other.scores, atol=1e-4)
+    np.testing.assert_allclose(one.boxes_xyxy_px, other.boxes_xyxy_px, atol=0.05)
+    for first, second in zip(one.masks, other.masks, strict=True):
+        assert first.size_hw == second.size_hw
+        differing = np.count_nonzero(rle.decode_mask(first) != rle.decode_mask(second))
+        assert differing <= 1e-3 * first.size_hw[0] * first.size_hw[1]
+
+
+PROMPT_SETS = [
+    ("red circle",),
+    ("circle", "square", "star", "red", "blue"),
+    ("GREEN", "triangles"),
+    ("ring",) * 20,  # more pairs than one pass decodes
+    ("yellow star", "cat"),
+    ("white", "black", "cross"),
+]
+
+
+def test_a_batch_gives_the_same_answers_as_single_calls(demo: Segmenter, scenes: list[Scene]) -> None:
+    items = [item_of(scene, texts) for scene, texts in zip(scenes, PROMPT_SETS, strict=True)]
+    results = demo.segment_batch(items)
+    found = 0
+    for scene, texts, result in zip(scenes, PROMPT_SETS, results, strict=True):
+        assert result.error is None
+        assert result.batch_size == len(items)
+        for one, other in zip(result.segmentations, demo.segment(scene.image, ask(*texts)), strict=True):
+            assert_same_answer(one, other)
+            found += len(one.scores)
+    assert found >= 5  # equal for a better reason than both being empty
+
+
+def test_the_demo_checkpoint_sees(demo: Segmenter) -> None:
+    tally = evaluate(demo, scenes=40, seed=77)
+    assert tally.mean_iou > 0.8
+    assert tally.f1 > 0.85
+    assert tally.absent_share < 0.1
+
+
+def test_scores_descend_and_boxes_and_masks_lie_in_the_image(demo: Segmenter, scenes: list[Scene]) -> None:
+    for scene in scenes:
+        height, width = scene.image.shape[:2]
+        (found,) = demo.segment(scene.image, ask("shape"), score_threshold=0.01)
+        assert (np.diff(found.scores) <= 0).all()
+        assert (found.scores > 0.01).all()
+        assert (found.boxes_xyxy_px >= 0).all()
+        assert (found.boxes_xyxy_px <= [width, height, width, height]).all()
+        assert len(found.masks) == len(found.scores) == len(found.boxes_xyxy_px)
+        assert all(mask.size_hw == (height, width) for mask in found.masks)
+
+
+def test_the_score_threshold_decides_what_is_kept(demo: Segmenter) -> None:
+    question = Question.draw(5, 1)
+    prompts = ask(question.texts[0])
+    counts = [len(demo.segment(question.scene.image, prompts, t)[0].scores) for t in (0.0, 0.5, 1.0)]
+    assert counts[0] == 24  # every query
+    assert counts[0] > counts[1] > counts[2] == 0
+
+
+def test_one_bad_item_leaves_its_neighbours_their_answers(demo: Segmenter, scenes: list[Scene]) -> None:
+    good = item_of(scenes[0], ("circle",))
+    blank = item_of(scenes[1], ("circle", " "))
+    crowded = item_of(scenes[2], ("circle",) * 33)
+    misshapen = SegmentItem(np.zeros((10, 10, 3), np.uint8), (10, 10), ask("circle"))
+    results = demo.segment_batch([blank, good, crowded, misshapen])
+    codes = [result.error.code if result.error else None for result in results]
+    assert codes == ["InvalidPrompt", None, "TooManyPrompts", "InferenceFailed"]
+    assert_same_answer(results[1].segmentations[0], demo.segment(scenes[0].image, ask("circle"))[0])
+
+
+def test_an_empty_batch_is_answered(demo: Segmenter) -> None:
+    assert demo.segment_batch([]) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "error"),
+    [
+        (ask(" "), InvalidPrompt),
+        (ask("red " * 40), InvalidPrompt),
+        ((), TooManyPrompts),
+        (ask("a") * 33, TooManyPrompts),
+    ],
+)
+def test_prompts_are_refused_before_the_model_runs(
+    demo: Segmenter, prompts: tuple[TextPrompt, ...], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        demo.segment(np.zeros((4, 4, 3), np.uint8), prompts)
+
+
+class FailsOnLargeBatches(torch.nn.Module):
+    """Stands in for a device with little memory: more than one image at once is too much."""
+
+    def __init__(self, encoder: torch.nn.Module, error: Exception, limit: int) -> None:
+        super().__init__()
+        self.encoder, self.error, self.limit = encoder, error, limit
+
+    def forward(self, pixel_values: torch.Tensor) -> object:
+        if len(pixel_values) > self.limit:
+            raise self.error
+        return self.encoder(pixel_values)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(torch.OutOfMemoryError("no memory"), "DeviceOutOfMemory"), (ValueError("secret"), "InferenceFailed")],
+)
+def test_a_failing_batch_is_halved_until_what_fails_stands_alone(
+    random_checkpoint: Path, scenes: list[Scene], error: Exception, code: str
+) -> None:
+    segmenter = Segmenter.from_checkpoint(random_checkpoint)
+    items = [item_of(scene, ("circle",)) for scene in scenes[:5]]
+    model = segmenter._model
+    sound = model.vision_encoder
+    model.vision_encoder = FailsOnLargeBatches(sound, error, limit=1)
+    assert all(result.error is None for result in segmenter.segment_batch(items))
+    model.vision_encoder = FailsOnLargeBatches(sound, error, limit=0)
+    results = segmenter.segment_batch(items[:2])
+    assert [result.error.code for result in results if result.error] == [code, code]
+    assert "secret" not in str(results)
+    if code == "DeviceOutOfMemory":
+        with pytest.raises(DeviceOutOfMemory):
+            segmenter.segment(scenes[0].image, ask("circle"))
+    model.vision_encoder = sound
+    assert segmenter.segment_batch(items)[0].error is None
+
+
+def test_bfloat16_decides_as_float32_does(demo: Segmenter) -> None:
+    half = Segmenter.from_checkpoint(dtype=torch.bfloat16)
+    assert half.info.dtype == "bfloat16"
+    agreed = 0
+    for index in range(8):
+        question = Question.draw(91, index)
+        prompts = ask(*question.texts)
+        pairs = zip(
+            half.segment(question.scene.image, prompts),
+            demo.segment(question.scene.image, prompts),
+            strict=True,
+        )
+        agreed += sum(len(one.scores) == len(other.scores) for one, other in pairs)
+    assert agreed >= 14  # of 16
+
+
+def test_a_large_photo_costs_little_memory(demo: Segmenter) -> None:
+    """12 megapixels with every query kept: masks are made one at a time, and only where they are."""
+    import tracemalloc
+
+    photo = np.zeros((3000, 4000, 3), np.uint8)
+    tracemalloc.start()
+    (found,) = demo.segment(photo, ask("circle"), score_threshold=0.0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(found.masks) == 24
+    assert peak < 500e6

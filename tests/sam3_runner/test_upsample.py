@@ -1,0 +1,59 @@
+"""The cropped upsampling against the slow, obvious one: interpolate the whole image, then compare with 0."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sam3_runner import rle
+from sam3_runner.upsample import encode_crop, masks_from_logits
+
+
+def upsample_whole(logits: torch.Tensor, size_hw: tuple[int, int]) -> np.ndarray:
+    return F.interpolate(logits[:, None], size_hw, mode="bilinear", align_corners=False)[:, 0].numpy()
+
+
+def smooth_logits(seed: int, count: int, size_hw: tuple[int, int], offset: float) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(count, 1, 5, 4, generator=generator)
+    return F.interpolate(coarse, size_hw, mode="bicubic")[:, 0] + offset
+
+
+@pytest.mark.parametrize("size_hw", [(80, 80), (333, 500), (41, 7), (1, 1), (1, 900), (1200, 3)])
+@pytest.mark.parametrize("offset", [-1.2, 0.0, 1.2])
+def test_masks_equal_those_of_upsampling_the_whole_image(size_hw: tuple[int, int], offset: float) -> None:
+    logits = smooth_logits(3, 4, (80, 60), offset)
+    expected = upsample_whole(logits, size_hw)
+    for mask, whole in zip(masks_from_logits(logits, size_hw), expected, strict=True):
+        differs = rle.decode_mask(mask) != (whole > 0)
+        assert np.abs(whole[differs]).max(initial=0) < 1e-5  # only where the sum's rounding decides
+
+
+def test_run_lengths_are_the_canonical_ones_of_the_full_mask() -> None:
+    logits = smooth_logits(5, 8, (24, 24), 0.1)
+    for mask in masks_from_logits(logits, (50, 37)):
+        np.testing.assert_array_equal(mask.counts, rle.encode_mask(rle.decode_mask(mask)).counts)
+
+
+@pytest.mark.parametrize("value", [pytest.param(1.0, id="full"), pytest.param(-1.0, id="empty")])
+def test_uniform_logits_give_full_and_empty_masks(value: float) -> None:
+    (mask,) = masks_from_logits(torch.full((1, 8, 8), value), (30, 20))
+    assert rle.area_px(mask) == (600 if value > 0 else 0)
+
+
+def test_no_logits_give_no_masks() -> None:
+    assert masks_from_logits(torch.zeros(0, 8, 8), (30, 20)) == ()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_crop_encodes_as_the_full_mask_would(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    height, width = rng.integers(1, 12, 2)
+    top, left = rng.integers(0, height), rng.integers(0, width)
+    crop = rng.random((rng.integers(1, height - top + 1), rng.integers(1, width - left + 1))) > 0.4
+    full = np.zeros((height, width), bool)
+    full[top : top + crop.shape[0], left : left + crop.shape[1]] = crop
+    encoded = encode_crop(np.ascontiguousarray(crop.T), (int(top), int(left)), (int(height), int(width)))
+    np.testing.assert_array_equal(encoded.counts, rle.encode_mask(full).counts)
