@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from transformers import Sam3Model
 
 DEMO_CHECKPOINT = Path(__file__).parent.parent / "weights" / "demo"
-MODEL_TYPES = ("sam3", "sam3_video")  # image layout, and the video layout that holds the detector among others
+MODEL_TYPES = (
+    "sam3",
+    "sam3_video",
+)  # image layout, and the video layout that holds the detector among others
 NAMED_TENSORS = 10  # how many an error names; a wrong checkpoint has hundreds
 
 
@@ -44,7 +47,8 @@ class Checkpoint:
             raise CheckpointError(f"{path} does not exist: expected a Hugging Face directory of SAM3")
         if not path.is_dir():
             raise CheckpointError(
-                f"{path} is a file: expected a Hugging Face directory of SAM3 (config.json, model.safetensors, tokenizer.json)"
+                f"{path} is a file: expected a Hugging Face directory of SAM3 "
+                "(config.json, model.safetensors, tokenizer.json)"
             )
         config = _read_json(path / "config.json")
         if config.get("model_type") not in MODEL_TYPES:
@@ -96,8 +100,14 @@ class Checkpoint:
         return loaded
 
     def _refuse_misfits(self, report: dict[str, Any]) -> None:
-        kinds = {"missing": "missing_keys", "unexpected": "unexpected_keys", "wrongly shaped": "mismatched_keys"}
-        misfits = [f"{kind}: {_name(key)}" for kind, keys in kinds.items() for key in sorted(report[keys], key=_name)]
+        kinds = {
+            "missing": "missing_keys",
+            "unexpected": "unexpected_keys",
+            "wrongly shaped": "mismatched_keys",
+        }
+        misfits = [
+            f"{kind}: {_name(key)}" for kind, keys in kinds.items() for key in sorted(report[keys], key=_name)
+        ]
         if misfits:
             shown = "; ".join(misfits[:NAMED_TENSORS])
             raise CheckpointError(

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 import numpy as np
@@ -38,7 +39,7 @@ from pillow_heif import HeifImageFile
 from torchvision.transforms.v2 import functional as tv
 
 from sam3_runner.errors import ImageError, ImageTooLarge, UndecodableImage, UnsupportedImage
-from sam3_runner.jpeg_stream import JpegLayout, read_layout
+from sam3_runner.jpeg_stream import read_layout
 
 READABLE_FORMATS: Final = ("JPEG", "PNG", "WebP", "HEIC/HEIF", "AVIF", "BMP", "TIFF", "GIF")
 
@@ -47,6 +48,10 @@ _READABLE: Final = f"{', '.join(READABLE_FORMATS[:-1])} or {READABLE_FORMATS[-1]
 # A progressive JPEG of 50 MP takes a pass over all its coefficients per scan, and 25 MB can hold a million
 # empty scans. Encoders write 3 to 15.
 MAX_JPEG_SCANS: Final = 100
+
+# Pillow reads JPEG segments and PNG chunks one by one in Python: 25 MB of empty ones would keep it busy for half
+# a minute. Encoders write some thousand at most.
+MAX_PARTS: Final = 50_000
 
 # `_profile_shift` of profiles with these primaries: sRGB 0.8, Adobe RGB 8.8, Display P3 (on every iPhone
 # photo) 9.0, ProPhoto 20.5. SAM3's own image processor looks at no profile, so small shifts are left as the
@@ -60,7 +65,8 @@ class ImageLimits:
 
     Attributes:
         max_bytes: Of the file.
-        max_pixels: Width times height, as its header states them.
+        max_pixels: Width times height, as its header states them. GIF and WebP of more than 178 MP are
+            refused whatever this says: Pillow refuses them.
     """
 
     max_bytes: int = 25_000_000
@@ -119,16 +125,11 @@ def open_image(data: bytes, limits: ImageLimits | None = None) -> npt.NDArray[np
             "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: half-read pictures would pass as whole ones."
         )
     file, header = _open(data, limits or ImageLimits())
-    layout = read_layout(data) if header.format == "JPEG" else None
-    if layout is not None and layout.scans > MAX_JPEG_SCANS:
-        raise UndecodableImage(
-            f"The JPEG has {layout.scans} scans; at most {MAX_JPEG_SCANS} are read. Save it as baseline JPEG."
-        )
     with _codec_errors(header):
         _check_extent(file, data, header)
         file.load()
         _check_decoded_size(file, header)
-        _check_complete(file, data, header, layout)
+        _check_complete(file, data, header)
         # Only now: PNG may keep its EXIF behind the pixels, and TIFF turns itself while it loads.
         return _to_rgb_array(file, _orientation(file))
 
@@ -163,6 +164,16 @@ def resize_for_model(image_rgb: npt.NDArray[np.uint8], input_size_px: int) -> np
 
 # --- which file is it ---------------------------------------------------------------------------------------
 
+
+class _Tiff(TiffImageFile):
+    """Pillow's, without the global pixel limit that it holds its tiles against; `_open` has done that."""
+
+    def load_prepare(self) -> None:
+        if self._im is None:
+            self.im = Image.core.new(self.mode, self._tile_size)  # type: ignore[attr-defined]  # not in its __all__
+        super().load_prepare()
+
+
 _OPENERS: Final[dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]]] = {
     # Not Pillow's jpeg_factory: a multi-picture JPEG (MPO) is read as the plain JPEG that it begins with.
     "JPEG": JpegImageFile,
@@ -171,7 +182,7 @@ _OPENERS: Final[dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]]] = {
     "HEIC/HEIF": HeifImageFile,
     "AVIF": AvifImageFile,
     "BMP": BmpImageFile,
-    "TIFF": TiffImageFile,
+    "TIFF": _Tiff,
     "GIF": GifImageFile,
 }
 
@@ -276,6 +287,7 @@ def _open(data: bytes, limits: ImageLimits) -> tuple[ImageFile.ImageFile, ImageH
         raise UnsupportedImage(
             f"Expected {_READABLE}. {_describe(data)}. Convert it to one of these and send that."
         )
+    _check_parts(data, kind)
     with _codec_errors(ImageHeader(kind, (0, 0))):
         file = _OPENERS[kind](io.BytesIO(data))
     width, height = file.size
@@ -290,6 +302,25 @@ def _open(data: bytes, limits: ImageLimits) -> tuple[ImageFile.ImageFile, ImageH
             tile_width, tile_height = (int(file.tag_v2.get(tag, 1)) for tag in (TILEWIDTH, TILELENGTH))
         _check_pixels(tile_width, tile_height, "The tiles of the TIFF have", limits)
     return file, header
+
+
+def _check_parts(data: bytes, kind: str) -> None:
+    """Turn away, before Pillow looks into it, what would cost far more time than its pixels do."""
+    parts = 0
+    if kind == "JPEG":
+        layout = read_layout(data, MAX_PARTS)
+        parts = layout.segments
+        if layout.scans > MAX_JPEG_SCANS:
+            raise UndecodableImage(
+                f"The JPEG has {layout.scans} scans; at most {MAX_JPEG_SCANS} are read. "
+                "Save it as baseline JPEG."
+            )
+    elif kind == "PNG":
+        parts = sum(1 for _ in islice(_png_chunks(data), MAX_PARTS + 1))
+    if parts > MAX_PARTS:
+        raise UndecodableImage(
+            f"The {kind} is in more than {MAX_PARTS:,} pieces. Save it anew with an ordinary program."
+        )
 
 
 def _check_pixels(width: int, height: int, what: str, limits: ImageLimits) -> None:
@@ -371,15 +402,13 @@ def _check_decoded_size(file: ImageFile.ImageFile, header: ImageHeader) -> None:
         )
 
 
-def _check_complete(
-    file: ImageFile.ImageFile, data: bytes, header: ImageHeader, layout: JpegLayout | None
-) -> None:
+def _check_complete(file: ImageFile.ImageFile, data: bytes, header: ImageHeader) -> None:
     """Find what Pillow lets pass: JPEG and PNG whose pixels end early although the file is closed properly.
 
     libjpeg paints the missing part grey, Pillow's PNG reader leaves it black. So only a picture with such a
     lower edge is looked at twice.
     """
-    if layout is not None and _ends_in_jpeg_fill(file) and not _is_complete_jpeg(data, layout):
+    if header.format == "JPEG" and _ends_in_jpeg_fill(file) and not _is_complete_jpeg(data):
         raise UndecodableImage(_undecodable(header, EOFError()))
     if isinstance(file, PngImageFile) and _may_lack_rows(file) and not _is_complete_png(data):
         raise UndecodableImage(_undecodable(header, EOFError()))
@@ -392,13 +421,14 @@ def _ends_in_jpeg_fill(file: ImageFile.ImageFile) -> bool:
     return bool(last_block.min() >= 127 and last_block.max() <= 128)
 
 
-def _is_complete_jpeg(data: bytes, layout: JpegLayout) -> bool:
+def _is_complete_jpeg(data: bytes) -> bool:
     """Decode once more with the end marker cut off: then libjpeg asks for more data instead of painting grey.
 
     A few bytes of padding stand for what its bit buffer reads ahead; they begin with the rarest codes, so
     that they cannot pass for more than a handful of missing blocks. A progressive file, which needs its end
     marker, cannot be told this way and passes.
     """
+    layout = read_layout(data, MAX_PARTS)
     if layout.progressive or layout.scans != 1 or layout.end is None:
         return True
     try:
@@ -425,7 +455,8 @@ def _is_complete_png(data: bytes) -> bool:
         columns, rows = -(-(width - x0) // dx), -(-(height - y0) // dy)
         missing += rows * (1 + (columns * bits + 7) // 8) if columns > 0 and rows > 0 else 0
     inflate = zlib.decompressobj()
-    for chunk in _png_pixel_chunks(data):
+    for name, start, end in _png_chunks(data):
+        chunk = data[start:end] if name == b"IDAT" else b""
         while chunk and missing > 0:
             missing -= len(inflate.decompress(chunk, 1 << 20))
             chunk = inflate.unconsumed_tail
@@ -443,12 +474,12 @@ _ADAM7: Final = (
 )
 
 
-def _png_pixel_chunks(data: bytes) -> Iterator[bytes]:
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Name, start and end of each chunk's body."""
     at = 8
     while at + 8 <= len(data):
         length, name = struct.unpack_from(">I4s", data, at)
-        if name == b"IDAT":
-            yield data[at + 8 : at + 8 + length]
+        yield name, at + 8, at + 8 + length
         at += 12 + length
 
 

@@ -21,23 +21,31 @@ class JpegLayout:
 
     Attributes:
         scans: How many scans it has.
+        segments: How many markers with a segment behind them it has, scans included.
         progressive: Whether its frame is a progressive one.
         end: Offset of its end marker, None if it has none.
     """
 
     scans: int
+    segments: int
     progressive: bool
     end: int | None
 
 
-def read_layout(data: bytes) -> JpegLayout:
-    """Walk over the markers of the first picture in the file. Never raises: what is broken ends the walk."""
-    scans, progressive, at = 0, False, 2
-    while (found := _NEXT_MARKER.search(data, at)) is not None:
+def read_layout(data: bytes, max_segments: int) -> JpegLayout:
+    """Walk over the markers of the first picture in the file. Never raises: what is broken ends the walk.
+
+    Args:
+        data: The whole file.
+        max_segments: The walk ends after one more.
+    """
+    scans, segments, progressive, at = 0, 0, False, 2
+    while segments <= max_segments and (found := _NEXT_MARKER.search(data, at)) is not None:
         at, marker = found.start(), data[found.start() + 1]
         if marker == _END:
-            return JpegLayout(scans, progressive, at)
+            return JpegLayout(scans, segments, progressive, at)
         progressive = progressive or marker in _PROGRESSIVE_FRAMES
         scans += marker == _SCAN
+        segments += 1
         at += 2 + max(2, int.from_bytes(data[at + 2 : at + 4]))
-    return JpegLayout(scans, progressive, None)
+    return JpegLayout(scans, segments, progressive, None)

@@ -20,7 +20,15 @@ from sam3_runner.errors import DeviceOutOfMemory, InferenceFailed, InvalidInput,
 from sam3_runner.forward import ImageFeatures, LayerOutputs, TextFeatures, decode, encode_image, encode_text
 from sam3_runner.images import resize_for_model
 from sam3_runner.text import MAX_PROMPTS, PromptChecker
-from sam3_runner.types import ItemError, ModelInfo, Prompt, Segmentation, SegmentItem, SegmentResult, TextPrompt
+from sam3_runner.types import (
+    ItemError,
+    ModelInfo,
+    Prompt,
+    Segmentation,
+    SegmentItem,
+    SegmentResult,
+    TextPrompt,
+)
 from sam3_runner.upsample import masks_from_logits
 
 IMAGES_PER_PASS = 16  # more gain nothing on an H200 and cost memory: 1008² features are 60 MB an image
@@ -161,7 +169,9 @@ class Segmenter:
         size = self._checkpoint.input_size_px
         if item.pixels.shape != (size, size, 3) or item.pixels.dtype != np.uint8:
             got = f"{item.pixels.dtype} {item.pixels.shape}"
-            return ItemError("InferenceFailed", f"expected uint8 pixels of shape {(size, size, 3)}, got {got}")
+            return ItemError(
+                "InferenceFailed", f"expected uint8 pixels of shape {(size, size, 3)}, got {got}"
+            )
         try:
             self.check_prompts(item.prompts)
         except InvalidInput as error:
@@ -216,7 +226,9 @@ class Segmenter:
             tokens = self._prompts.encode(prompts[start : start + self._prompts.max_prompts])
             input_ids, attention_mask = (torch.from_numpy(part).to(self._device) for part in tokens)
             parts.append(encode_text(self._model, input_ids, attention_mask))
-        return TextFeatures(torch.cat([part.tokens for part in parts]), torch.cat([part.is_token for part in parts]))
+        return TextFeatures(
+            torch.cat([part.tokens for part in parts]), torch.cat([part.is_token for part in parts])
+        )
 
     def _decode(
         self, images: ImageFeatures, texts: TextFeatures, image_rows: list[int], text_rows: list[int]
@@ -235,7 +247,9 @@ def _keep(outputs: LayerOutputs, row: int, item: SegmentItem) -> Segmentation:
     boxes = _to_xyxy_px(outputs.boxes_cxcywh[-1, row, kept], height, width)
     embeddings, pixels = outputs.mask_embeddings[-1, row, kept], outputs.pixel_embeddings[row]
     logits = torch.einsum("nc,chw->nhw", embeddings, pixels)
-    return Segmentation(scores[kept].cpu().numpy(), boxes.cpu().numpy(), masks_from_logits(logits, item.size_hw))
+    return Segmentation(
+        scores[kept].cpu().numpy(), boxes.cpu().numpy(), masks_from_logits(logits, item.size_hw)
+    )
 
 
 def _to_xyxy_px(boxes_cxcywh: Tensor, height: int, width: int) -> Tensor:
@@ -252,7 +266,9 @@ def _device_errors() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
-        raise DeviceOutOfMemory("the device ran out of memory; send fewer or smaller images at once") from error
+        raise DeviceOutOfMemory(
+            "the device ran out of memory; send fewer or smaller images at once"
+        ) from error
     except RunnerError:
         raise
     except Exception as error:

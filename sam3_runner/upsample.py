@@ -73,7 +73,10 @@ def _axis(is_positive: npt.NDArray[np.bool_], size: int, device: torch.device) -
     weight = (source - low)[chosen].astype(np.float32)
     return _Axis(
         int(reached[0]),
-        *(torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in (low[chosen], high[chosen], weight)),
+        *(
+            torch.from_numpy(np.ascontiguousarray(part)).to(device)
+            for part in (low[chosen], high[chosen], weight)
+        ),
     )
 
 

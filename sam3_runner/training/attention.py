@@ -50,6 +50,7 @@ def use_plain_attention(model: Sam3Model) -> None:
     """Let every attention of `model` go through `plain_attention`."""
     AttentionInterface.register(NAME, plain_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
-    for part in ("geometry_encoder", "detr_encoder", "detr_decoder", "mask_decoder"):
-        getattr(model.config, f"{part}_config")._attn_implementation = NAME
+    # `model.set_attn_implementation` warns of parts that share their configuration with no model of their own.
+    for part in model.modules():
+        if hasattr(part, "config"):
+            part.config._attn_implementation = NAME

@@ -19,10 +19,14 @@ from sam3_runner.training.scenes import COLOURS, SHAPES, Scene, ScenePrompt, dra
 
 # Words that no scene answers to: a newcomer who asks the demo for a cat must get nothing, not the nearest shape.
 UNKNOWN_COLOURS = ("pink", "brown", "grey", "cyan", "golden", "striped")
+# fmt: off
 UNKNOWN_THINGS = (
-    "cat dog car person tree house boat bird horse chair table flower bottle cup phone book hat shoe wheel bus "
-    "truck bicycle apple banana heart hexagon pentagon diamond arrow moon oval cube line letter word face hand eye"
-).split()
+    "cat", "dog", "car", "person", "tree", "house", "boat", "bird", "horse", "chair", "table", "flower",
+    "bottle", "cup", "phone", "book", "hat", "shoe", "wheel", "bus", "truck", "bicycle", "apple", "banana",
+    "heart", "hexagon", "pentagon", "diamond", "arrow", "moon", "oval", "cube", "line", "letter", "word",
+    "face", "hand", "eye",
+)
+# fmt: on
 UNKNOWN_SHARE = 0.06
 
 

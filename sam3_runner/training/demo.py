@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import CLIPTokenizer, Sam3ImageProcessor, Sam3Model
 
-from sam3_runner.forward import ImageFeatures, LayerOutputs, decode, encode_image, encode_text
+from sam3_runner.forward import decode, encode_image, encode_text
 from sam3_runner.training.architecture import (
     HIDDEN,
     IMAGE_SIZE_PX,
@@ -29,17 +29,18 @@ from sam3_runner.training.architecture import (
 )
 from sam3_runner.training.attention import use_plain_attention
 from sam3_runner.training.data import UNKNOWN_COLOURS, UNKNOWN_THINGS, Batch, Collate, SceneDataset
-from sam3_runner.training.losses import detection_loss, pixel_kind_loss
-from sam3_runner.training.scenes import COLOURS, SHAPES, all_prompt_texts
+from sam3_runner.training.guides import Guides, guide_losses
+from sam3_runner.training.losses import detection_loss
+from sam3_runner.training.scenes import all_prompt_texts
 from sam3_runner.training.tokenizer import train_clip_tokenizer
 
 MASK_SIZE_PX = 8 * IMAGE_SIZE_PX // PATCH_SIZE_PX  # truth at twice the model's mask resolution
-KINDS = (1 + len(COLOURS), 1 + len(SHAPES))  # nothing or a colour; nothing or a shape
-KINDS_WEIGHT = 5.0
 EMA_DECAY = 0.998
 MAX_GRADIENT_NORM = 2.0
 WARM_UP_STEPS = 300
-DECAY_SHARE = 0.3  # the learning rate falls over the last part; before, it stays: so `--steps` can be raised late
+DECAY_SHARE = (
+    0.3  # the learning rate falls over the last part; before, it stays: so `--steps` can be raised late
+)
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,8 @@ class Trainer:
         if options.device.type == "cpu":
             use_plain_attention(self.model)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
-        # Thrown away in the end: they tell the image encoder what there is to see before it can be asked in words.
-        self.kind_heads = nn.ModuleList([nn.Conv2d(HIDDEN, sum(KINDS), 1) for _ in range(2)]).to(options.device)
-        parameters = [*self.model.parameters(), *self.kind_heads.parameters()]
+        self.guides = Guides(HIDDEN).to(options.device)
+        parameters = [*self.model.parameters(), *self.guides.parameters()]
         decayed = [p for p in parameters if p.ndim > 1]
         plain = [p for p in parameters if p.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": 0.02}, {"params": plain, "weight_decay": 0.0}]
@@ -87,12 +87,14 @@ class Trainer:
         batch = batch.to(self.options.device)
         with torch.autocast(self.options.device.type, torch.bfloat16):
             image = encode_image(self.model, batch.pixel_values)
-            kinds = [head(level) for head, level in zip(self.kind_heads, image.levels[::2], strict=True)]
-            outputs = forward_pairs(self.model, image, batch)
+            text = encode_text(self.model, batch.input_ids, batch.attention_mask)
+            kinds, matches = self.guides(image, text)
+            prompts_per_image = len(batch.input_ids) // len(batch.pixel_values)
+            outputs = decode(self.model, image.repeat_each(prompts_per_image), text, with_semantic=True)
         terms = detection_loss(outputs, batch.targets)
-        terms["kinds"] = KINDS_WEIGHT * sum(pixel_kind_loss(asked, batch.kinds, KINDS) for asked in kinds)
+        terms |= guide_losses(kinds, matches, batch)
         self.optimiser.zero_grad(set_to_none=True)
-        (terms["total"] + terms["kinds"]).backward()
+        (terms["total"] + terms["kinds"] + terms["match"]).backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT_NORM)
         self.optimiser.step()
         self.step += 1
@@ -111,7 +113,7 @@ class Trainer:
         state = {
             "step": self.step,
             "model": self.model.state_dict(),
-            "kind_heads": self.kind_heads.state_dict(),
+            "guides": self.guides.state_dict(),
             "average": self.average.state_dict(),
             "optimiser": self.optimiser.state_dict(),
         }
@@ -123,15 +125,9 @@ class Trainer:
     def _load(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.model.load_state_dict(state["model"])
-        self.kind_heads.load_state_dict(state["kind_heads"])
+        self.guides.load_state_dict(state["guides"])
         self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
-
-
-def forward_pairs(model: Sam3Model, image: ImageFeatures, batch: Batch) -> LayerOutputs:
-    """Ask the prompts of a batch about its encoded images."""
-    text = encode_text(model, batch.input_ids, batch.attention_mask)
-    return decode(model, image.repeat_each(len(batch.input_ids) // len(batch.pixel_values)), text, with_semantic=True)
 
 
 def learning_rate_at(step: int, steps: int, peak: float) -> float:
@@ -192,8 +188,12 @@ def _one_thread(_worker: int) -> None:
 def parse_options(arguments: list[str] | None = None) -> TrainingOptions:
     """Options from the command line."""
     parser = argparse.ArgumentParser(description="Train the demo checkpoint on synthetic scenes.")
-    parser.add_argument("--out", type=Path, default=Path("weights/demo"), help="checkpoint directory to write")
-    parser.add_argument("--state", type=Path, default=Path("weights/demo-training.pt"), help="file to resume from")
+    parser.add_argument(
+        "--out", type=Path, default=Path("weights/demo"), help="checkpoint directory to write"
+    )
+    parser.add_argument(
+        "--state", type=Path, default=Path("weights/demo-training.pt"), help="file to resume from"
+    )
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--images", type=int, default=8, help="images in a step")
     parser.add_argument("--prompts", type=int, default=4, help="prompts for each image")

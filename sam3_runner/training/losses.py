@@ -104,7 +104,9 @@ class _Truth:
         sizes = [len(target.boxes_cxcywh) for target in targets]
         device = targets[0].boxes_cxcywh.device
         return cls(
-            pair=torch.arange(len(sizes), device=device).repeat_interleave(torch.tensor(sizes, device=device)),
+            pair=torch.arange(len(sizes), device=device).repeat_interleave(
+                torch.tensor(sizes, device=device)
+            ),
             sizes=sizes,
             boxes_cxcywh=torch.cat([target.boxes_cxcywh for target in targets]),
             masks=torch.cat([target.masks for target in targets]),
@@ -148,10 +150,14 @@ def _class_loss(logits: Tensor, truth: _Truth, queries: Tensor, weights: LossWei
     expected = torch.zeros_like(logits)  # (L, B, N)
     layers = torch.arange(len(logits), device=logits.device)[:, None]
     expected[layers, truth.pair, queries] = 1.0
-    return focal_loss(logits, expected, weights.focal_alpha, weights.focal_gamma).sum() / max(len(truth.pair), 1)
+    return focal_loss(logits, expected, weights.focal_alpha, weights.focal_gamma).sum() / max(
+        len(truth.pair), 1
+    )
 
 
-def _box_losses(boxes_cxcywh: Tensor, truth: _Truth, queries: Tensor, weights: LossWeights) -> dict[str, Tensor]:
+def _box_losses(
+    boxes_cxcywh: Tensor, truth: _Truth, queries: Tensor, weights: LossWeights
+) -> dict[str, Tensor]:
     layers = torch.arange(len(boxes_cxcywh), device=boxes_cxcywh.device)[:, None]
     predicted = boxes_cxcywh[layers, truth.pair, queries]  # (L, M, 4)
     expected = truth.boxes_cxcywh.expand_as(predicted)
@@ -172,8 +178,10 @@ def _mask_losses(
     thresholds; the layers before it at the logits' resolution, which is enough to steer them and costs less.
     """
     logits = _matched_mask_logits(outputs, truth, queries)  # (L, M, h, w)
-    coarse = _pool(truth.masks, logits.shape[-2:])
-    fine = F.interpolate(logits[-1][:, None], truth.masks.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+    coarse = _pool(truth.masks, logits)
+    fine = F.interpolate(logits[-1][:, None], truth.masks.shape[-2:], mode="bilinear", align_corners=False)[
+        :, 0
+    ]
     count = max(len(truth.pair), 1)
     bce = dice = logits.new_zeros(())
     for predicted, expected in [*((layer, coarse) for layer in logits[:-1]), (fine, truth.masks)]:
@@ -186,8 +194,7 @@ def _mask_losses(
 def _semantic_losses(logits: Tensor, truth: _Truth, weights: LossWeights) -> dict[str, Tensor]:
     """BCE over all pixels of all pairs, and dice where the prompt is present, of (B, h, w) logits."""
     logits = logits.float()
-    coarse = _pool(truth.masks, logits.shape[-2:])
-    union = torch.zeros_like(logits).index_add(0, truth.pair, coarse).clamp(max=1)  # instances are disjoint
+    union = _union(truth, logits)
     present = truth.pair.unique()
     dice = dice_loss(logits[present], union[present]).sum() / max(len(present), 1)
     return {
@@ -196,9 +203,21 @@ def _semantic_losses(logits: Tensor, truth: _Truth, weights: LossWeights) -> dic
     }
 
 
-def _pool(masks: Tensor, size_hw: Sequence[int]) -> Tensor:
+def union_masks(targets: Sequence[Target], like: Tensor) -> Tensor:
+    """(B, h, w) coverage by any instance of each of B pairs, in the size and on the device of `like`."""
+    return _union(_Truth.gather(targets), like)
+
+
+def _union(truth: _Truth, like: Tensor) -> Tensor:
+    coarse = _pool(truth.masks, like)
+    union: Tensor = torch.zeros_like(like).index_add(0, truth.pair, coarse)
+    return union.clamp(max=1)  # instances are disjoint, but for rounding
+
+
+def _pool(masks: Tensor, like: Tensor) -> Tensor:
     """(M, H, W) coverage -> (M, h, w). M may be 0, which torch's pooling takes in the batch dimension alone."""
-    return F.adaptive_avg_pool2d(masks[:, None], tuple(size_hw))[:, 0]
+    height, width = like.shape[-2:]
+    return F.adaptive_avg_pool2d(masks[:, None], (height, width))[:, 0]
 
 
 def _matched_mask_logits(outputs: LayerOutputs, truth: _Truth, queries: Tensor) -> Tensor:
@@ -207,26 +226,8 @@ def _matched_mask_logits(outputs: LayerOutputs, truth: _Truth, queries: Tensor) 
     embeddings = outputs.mask_embeddings[layers, truth.pair, queries]  # (L, M, C)
     pixels = outputs.pixel_embeddings
     per_pair = zip(embeddings.split(truth.sizes, dim=1), pixels.flatten(2).unbind(0), strict=True)
-    flat = torch.cat([part @ image for part, image in per_pair], dim=1)  # (L, M, h·w)
-    return flat.unflatten(-1, pixels.shape[-2:]).float()
-
-
-def pixel_kind_loss(logits: Tensor, shares: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Cross-entropy of what each pixel shows, for several questions about it at once.
-
-    Args:
-        logits: (I, K, h, w).
-        shares: (I, K, m, m) true shares, m a multiple of h.
-        sizes: How the K channels divide into questions, each with "nothing" as its first answer. Pixels that show
-            nothing are most of every image, and count a tenth.
-    """
-    shares = F.adaptive_avg_pool2d(shares, logits.shape[-2:])
-    total = logits.new_zeros(())
-    for asked, truth in zip(logits.float().split(list(sizes), 1), shares.split(list(sizes), 1), strict=True):
-        per_pixel = -(truth * asked.log_softmax(1)).sum(1)
-        weight = 0.1 * truth[:, 0] + (1 - truth[:, 0])
-        total = total + (weight * per_pixel).sum() / weight.sum()
-    return total
+    flat: Tensor = torch.cat([part @ image for part, image in per_pair], dim=1)  # (L, M, h·w)
+    return flat.view(*flat.shape[:2], *pixels.shape[-2:]).float()
 
 
 def focal_loss(logits: Tensor, truth: Tensor, alpha: float, gamma: float) -> Tensor:

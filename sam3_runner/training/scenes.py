@@ -183,6 +183,16 @@ def _pick(rng: np.random.Generator, items: Sequence[T]) -> T:
     return items[int(rng.integers(len(items)))]
 
 
+def _pick_weighted(rng: np.random.Generator, options: Sequence[tuple[T, float]]) -> T:
+    """One of (option, weight), drawn in proportion to its weight."""
+    point = rng.random() * sum(weight for _, weight in options)
+    for option, weight in options:
+        point -= weight
+        if point < 0:
+            return option
+    return options[-1][0]
+
+
 # --- objects -------------------------------------------------------------------------------------------------------
 
 
@@ -221,7 +231,9 @@ class _Canvas:
                 self._discs.append((x, y, diameter_px / 2))
                 return
         if not self._kinds:
-            raise RuntimeError(f"no room for a {diameter_px:.0f} px {shape} on an empty {width}×{height} image")
+            raise RuntimeError(
+                f"no room for a {diameter_px:.0f} px {shape} on an empty {width}×{height} image"
+            )
 
     def objects(self) -> tuple[SceneObject, ...]:
         """List what was placed, with the masks that are left of them."""
@@ -234,7 +246,8 @@ class _Canvas:
     def _has_room(self, colour: str, x: float, y: float, radius: float) -> bool:
         """Allow a slight overlap of enclosing circles; none for equal colours, whose shapes would melt together."""
         return all(
-            math.hypot(x - other_x, y - other_y) > (radius + other_radius) * (1.04 if colour == kind[0] else 0.82)
+            math.hypot(x - other_x, y - other_y)
+            > (radius + other_radius) * (1.04 if colour == kind[0] else 0.82)
             for (other_x, other_y, other_radius), kind in zip(self._discs, self._kinds, strict=True)
         )
 
@@ -360,7 +373,9 @@ def _draw_shade(rng: np.random.Generator, height: int, width: int) -> FloatArray
     shade = across + np.linspace(1 - slope_y, 1 + slope_y, height, dtype=np.float32)[:, None]
     if rng.random() < 0.5:
         cells = int(rng.integers(3, 12))
-        shade += (_smooth_noise(rng, cells, cells, height, width) - np.float32(127.5)) * np.float32(0.09 / 127.5)
+        shade += (_smooth_noise(rng, cells, cells, height, width) - np.float32(127.5)) * np.float32(
+            0.09 / 127.5
+        )
     return shade
 
 
@@ -388,7 +403,11 @@ def _draw_ramp(rng: np.random.Generator, is_plain: bool) -> tuple[ByteArray, lis
     """Draw 256 RGB steps between two backdrop colours, (256, 3), from which at least four named colours stand out."""
     while True:
         start = _draw_backdrop_rgb(rng)
-        stop = start if is_plain else start + (_draw_backdrop_rgb(rng) - start) * np.float32(rng.uniform(0.15, 1))
+        stop = (
+            start
+            if is_plain
+            else start + (_draw_backdrop_rgb(rng) - start) * np.float32(rng.uniform(0.15, 1))
+        )
         ramp = start + (stop - start) * np.linspace(0, 1, 256, dtype=np.float32)[:, None]
         colours = _contrasting_colours(ramp[::51])
         if len(colours) >= 4:
@@ -408,7 +427,11 @@ def _contrasting_colours(backdrop_rgb: FloatArray) -> list[str]:
     names, shades_lab = _shades_lab()
     # (colours, shades, 1, 3) - (K, 3) -> (colours, shades, K)
     distance = np.linalg.norm(shades_lab[:, :, None] - backdrop_lab, axis=-1)
-    return [name for name, nearest in zip(names, distance.min(axis=(1, 2)), strict=True) if nearest > MIN_CONTRAST_LAB]
+    return [
+        name
+        for name, nearest in zip(names, distance.min(axis=(1, 2)), strict=True)
+        if nearest > MIN_CONTRAST_LAB
+    ]
 
 
 @cache
@@ -424,7 +447,9 @@ def rgb_to_lab(rgb: FloatArray) -> FloatArray:
     unit = np.asarray(rgb, np.float32) / 255
     linear = np.where(unit > 0.04045, ((unit + 0.055) / 1.055) ** 2.4, unit / 12.92)
     # IEC 61966-2-1 matrix, rows divided by the D65 white point.
-    to_xyz = np.array([[0.4339, 0.3762, 0.1899], [0.2126, 0.7152, 0.0722], [0.0178, 0.1095, 0.8727]], np.float32)
+    to_xyz = np.array(
+        [[0.4339, 0.3762, 0.1899], [0.2126, 0.7152, 0.0722], [0.0178, 0.1095, 0.8727]], np.float32
+    )
     xyz = linear @ to_xyz.T
     x, y, z = np.moveaxis(np.where(xyz > 0.008856, np.cbrt(xyz), xyz * 7.787 + 16 / 116), -1, 0)
     return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1).astype(np.float32)
@@ -573,17 +598,14 @@ def render_prompt(rng: np.random.Generator, colour: str | None, shape: str | Non
     phrases = _phrases(colour, shape)
     # The first phrase is the plain one: "red circle".
     phrase = phrases[0] if rng.random() < 0.45 else _pick(rng, phrases)
-    point = rng.random() * sum(weight for _, weight in PROMPT_CASES)
-    for write, weight in PROMPT_CASES:
-        point -= weight
-        if point < 0:
-            break
-    return write(phrase)
+    return _pick_weighted(rng, PROMPT_CASES)(phrase)
 
 
 def all_prompt_texts() -> tuple[str, ...]:
     """Every text that `render_prompt` can return, sorted, without duplicates."""
-    subjects = [(colour, shape) for colour in (None, *COLOURS) for shape in (None, *SHAPES) if colour or shape]
+    subjects = [
+        (colour, shape) for colour in (None, *COLOURS) for shape in (None, *SHAPES) if colour or shape
+    ]
     phrases = [phrase for subject in subjects for phrase in _phrases(*subject)]
     return tuple(sorted({write(phrase) for phrase in phrases for write, _ in PROMPT_CASES}))
 
@@ -595,7 +617,9 @@ def _phrases(colour: str | None, shape: str | None) -> tuple[str, ...]:
         raise ValueError("a prompt names a colour, a shape or both")
     phrases = [] if shape else [f"{colour}"]
     for noun in (shape,) if shape else _ANY_SHAPE:
-        singular, plural = (f"{colour} {form}" if colour else form for form in (f"{noun}", _plural(f"{noun}")))
+        singular, plural = (
+            f"{colour} {form}" if colour else form for form in (f"{noun}", _plural(f"{noun}"))
+        )
         article = "an" if singular[0] in "aeiou" else "a"
         phrases += [singular, plural, f"{article} {singular}", f"the {singular}", f"the {plural}"]
     return tuple(phrases)
@@ -629,9 +653,4 @@ def _draw_absent(rng: np.random.Generator, scene: Scene) -> tuple[str | None, st
         ([(c, s) for c in other_colours for s in other_shapes], 0.05),
     )
     groups = [(group, weight) for group, weight in weighted if group]
-    point = rng.random() * sum(weight for _, weight in groups)
-    for group, weight in groups:
-        point -= weight
-        if point < 0:
-            break
-    return _pick(rng, group)
+    return _pick(rng, _pick_weighted(rng, groups))

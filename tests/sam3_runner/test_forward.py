@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from transformers import Sam3Model
@@ -36,12 +38,12 @@ def test_decode_equals_the_reference_forward(model: Sam3Model, plain: bool) -> N
     image = encode_image(model, pixels).repeat_each(3)
     outputs = decode(model, image, encode_text(model, **tokens), with_semantic=True)
     masks = torch.einsum("bnc,bchw->bnhw", outputs.mask_embeddings[-1], outputs.pixel_embeddings)
-    close = {"rtol": 1e-4, "atol": 1e-4}
-    torch.testing.assert_close(outputs.logits[-1], expected.pred_logits, **close)
-    torch.testing.assert_close(outputs.presence_logits[-1], expected.presence_logits[:, 0], **close)
-    torch.testing.assert_close(to_xyxy(outputs.boxes_cxcywh[-1]), expected.pred_boxes, **close)
-    torch.testing.assert_close(masks, expected.pred_masks, **close)
-    torch.testing.assert_close(outputs.semantic_logits, expected.semantic_seg[:, 0], **close)
+    close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    close(outputs.logits[-1], expected.pred_logits)
+    close(outputs.presence_logits[-1], expected.presence_logits[:, 0])
+    close(to_xyxy(outputs.boxes_cxcywh[-1]), expected.pred_boxes)
+    close(masks, expected.pred_masks)
+    close(outputs.semantic_logits, expected.semantic_seg[:, 0])
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ def test_tokens_equal_those_of_the_reference_tokenizer(prompts: PromptChecker, t
         assert input_ids.shape == attention_mask.shape == (1, prompts.max_tokens)
 
 
-@pytest.mark.parametrize("text", ["", " ", "\n\t", " "])
+@pytest.mark.parametrize("text", ["", " ", "\n\t", "\u00a0\u2003"])
 def test_blank_prompts_are_refused(prompts: PromptChecker, text: str) -> None:
     with pytest.raises(InvalidPrompt, match="blank"):
         prompts.check([TextPrompt(text)])

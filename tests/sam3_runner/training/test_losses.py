@@ -26,7 +26,9 @@ def masks_of(boxes: torch.Tensor, size: int = 32) -> torch.Tensor:
     return masks
 
 
-def outputs_for(boxes: torch.Tensor, scores: torch.Tensor, masks: torch.Tensor, presence: float) -> LayerOutputs:
+def outputs_for(
+    boxes: torch.Tensor, scores: torch.Tensor, masks: torch.Tensor, presence: float
+) -> LayerOutputs:
     """Outputs of two layers and one pair that say exactly this, query by query."""
     queries = len(boxes)
     return LayerOutputs(

@@ -62,7 +62,7 @@ def test_objects_are_few_sized_within_limits_and_mostly_visible(scenes: list[Sce
 
 def test_masks_are_disjoint_and_boxes_are_tight(scenes: list[Scene]) -> None:
     for scene in scenes:
-        assert sum(item.mask.astype(int) for item in scene.objects).max() == 1
+        assert np.sum([item.mask for item in scene.objects], axis=0).max() == 1
         for item in scene.objects:
             assert item.mask.shape == scene.image.shape[:2]
             x0, y0, x1, y1 = map(int, item.box_xyxy_px)

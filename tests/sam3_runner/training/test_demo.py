@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sam3_runner.segmenter import Segmenter
+from sam3_runner.training.data import Collate, SceneDataset, draw_any_prompt, paint_kinds
+from sam3_runner.training.demo import demo_tokenizer, learning_rate_at, parse_options, train
+from sam3_runner.training.evaluate import Question, Tally, count_hits, iou
+from sam3_runner.training.scenes import draw_scene
+from sam3_runner.types import RunLengthMask, Segmentation
+
+
+def run(folder: Path, steps: int) -> Path:
+    """Train up to `steps` in `folder`, one image and two prompts at a time; returns the weights' file."""
+    fixed = "--images 1 --prompts 2 --workers 0 --device cpu --save-every 1".split()
+    paths = ["--out", str(folder / "out"), "--state", str(folder / "state.pt")]
+    train(parse_options([*fixed, *paths, "--steps", str(steps)]))
+    return folder / "out" / "model.safetensors"
+
+
+def test_training_resumes_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "sam3_runner.training.demo.DECAY_SHARE", 1e-9
+    )  # the rate must not depend on --steps here
+    at_once = load_file(run(tmp_path / "at once", 4))
+    run(tmp_path / "in parts", 2)
+    in_parts = load_file(run(tmp_path / "in parts", 4))
+    for name, tensor in at_once.items():
+        torch.testing.assert_close(in_parts[name], tensor, rtol=0, atol=1e-3, msg=name)
+    assert Segmenter.from_checkpoint(tmp_path / "in parts" / "out").info.model_version == "out"
+
+
+def test_the_learning_rate_warms_up_stays_and_falls() -> None:
+    rates = [learning_rate_at(step, 10_000, 1.0) for step in (0, 299, 3000, 6999, 8500, 9999)]
+    assert rates[0] < 0.01
+    assert rates[1] == rates[2] == rates[3] == 1.0
+    assert rates[4] == pytest.approx(0.5)
+    assert rates[5] == pytest.approx(0.02)
+
+
+def test_a_sample_depends_on_seed_and_index_alone() -> None:
+    first, second = (SceneDataset(3, 240, 160, 4)[17] for _ in range(2))
+    assert first.prompts == second.prompts
+    np.testing.assert_array_equal(first.pixels, second.pixels)
+    assert SceneDataset(4, 240, 160, 4)[17].prompts != first.prompts
+
+
+def test_a_batch_holds_the_truth_of_every_prompt() -> None:
+    dataset = SceneDataset(3, 240, 160, 4)
+    batch = Collate(demo_tokenizer())([dataset[index] for index in range(3)])
+    assert batch.pixel_values.shape == (3, 3, 240, 240)
+    assert batch.pixel_values.min() >= -1
+    assert batch.pixel_values.max() <= 1
+    assert len(batch.targets) == len(batch.input_ids) == 12
+    for target in batch.targets:
+        assert target.masks.shape == (len(target.boxes_cxcywh), 160, 160)
+        for mask, (cx, cy, w, h) in zip(target.masks, target.boxes_cxcywh.tolist(), strict=True):
+            rows, columns = (torch.nonzero(mask.amax(axis))[:, 0] / 160 for axis in (1, 0))
+            assert abs(rows.float().mean() - cy) < h / 2
+            assert columns.min() == pytest.approx(cx - w / 2, abs=0.01)
+
+
+def test_painted_kinds_add_up_to_one() -> None:
+    scene = draw_scene(np.random.default_rng(1))
+    masks = torch.stack([torch.from_numpy(item.mask).float() for item in scene.objects])
+    kinds = paint_kinds(scene, masks)
+    torch.testing.assert_close(kinds[:9].sum(0), torch.ones(masks.shape[1:]))
+    torch.testing.assert_close(kinds[9:].sum(0), torch.ones(masks.shape[1:]))
+
+
+def test_some_prompts_name_what_scenes_never_show() -> None:
+    rng = np.random.default_rng(0)
+    scene = draw_scene(rng)
+    unknown = [
+        p for p in (draw_any_prompt(rng, scene) for _ in range(400)) if "cat" in p.text or "pink" in p.text
+    ]
+    assert unknown
+    assert all(prompt.matches == () for prompt in unknown)
+
+
+def as_answer(*masks: np.ndarray) -> Segmentation:
+    from sam3_runner.rle import encode_mask
+
+    encoded: tuple[RunLengthMask, ...] = tuple(encode_mask(mask) for mask in masks)
+    count = len(masks)
+    return Segmentation(np.full(count, 0.9, np.float32), np.zeros((count, 4), np.float32), encoded)
+
+
+def test_the_tally_counts_hits_misses_and_false_alarms() -> None:
+    left, right = np.zeros((4, 4), bool), np.zeros((4, 4), bool)
+    left[:, :2], right[:, 2:] = True, True
+    tally = Tally()
+    tally.add(as_answer(left), [left, right])  # one found, one missed
+    tally.add(as_answer(right), [])  # a false alarm
+    tally.add(as_answer(), [])
+    assert tally.mean_iou == 0.5
+    assert tally.f1 == pytest.approx(2 * 1 / (2 + 2))
+    assert tally.absent_share == 0.5
+
+
+def test_one_true_instance_is_hit_only_once() -> None:
+    mask = np.ones((4, 4), bool)
+    assert count_hits([mask, mask], [mask]) == 1
+    assert iou(~mask, ~mask) == 1.0
+
+
+def test_questions_ask_for_something_present_and_something_absent() -> None:
+    for index in range(20):
+        question = Question.draw(1, index)
+        assert question.matches
+        assert question.texts[0] != question.texts[1]
