@@ -1,7 +1,6 @@
 """The built bento, served once for all tests of this folder."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +10,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+
+from examples.demo import stop
 
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 120
@@ -71,12 +72,7 @@ def bento_client(bento: Path, bentoml_home: Path, elsewhere: Path) -> Iterator[h
             wait_until_ready(client, process, log)
             yield client
     finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        stop(process)
 
 
 def wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> None:
