@@ -17,7 +17,7 @@ from sam3_runner.types import RunLengthMask, Segmentation
 
 def run(folder: Path, steps: int) -> Path:
     """Train up to `steps` in `folder`, one image and two prompts at a time; returns the weights' file."""
-    fixed = "--images 1 --prompts 2 --workers 0 --device cpu --save-every 1".split()
+    fixed = ["--images", "1", "--prompts", "2", "--workers", "0", "--device", "cpu", "--save-every", "1"]
     paths = ["--out", str(folder / "out"), "--state", str(folder / "state.pt")]
     train(parse_options([*fixed, *paths, "--steps", str(steps)]))
     return folder / "out" / "model.safetensors"

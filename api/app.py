@@ -1,0 +1,307 @@
+"""The routes, as an ASGI application that BentoML mounts at `/`.
+
+BentoML's own routes (`/livez`, `/readyz`, …) stay beside it. Errors are raised, never answered here:
+`EnvelopeMiddleware`, around both, gives them their form.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import orjson
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from api import metrics
+from api.backend import Backend
+from api.errors import BodyTooLarge, InvalidRequest, MalformedJson, PromptRefused, RouteNotFound
+from api.limits import MAX_JSON_BYTES, read_body
+from api.openapi import openapi_document
+from api.requests import RECORD, RequestRecord
+from api.routes import ROUTES, RouteSpec
+from api.schemas import MAX_PROMPTS, BatchRequest, PredictRequest, RequestT, parse_request
+from sam3_runner import rle
+from sam3_runner.errors import ImageTooLarge, InvalidPrompt
+from sam3_runner.images import probe_image
+from sam3_runner.text import PromptChecker
+from sam3_runner.types import ModelInfo, Segmentation, TextPrompt
+from storage import ObjectNotFound
+from storage.keys import validate_key
+from tasks.pipeline import Job, JobOutcome, PromptOutcome
+
+_UPLOAD_KEY = re.compile(r"uploads(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)+\Z")
+_MAX_UPLOAD_KEY_CHARS = 255
+
+
+class FaceApp(Starlette):
+    """Starlette without its error layers: what a route raises reaches the envelope as it is."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """The bare router."""
+        return self.router
+
+
+def create_app(*, is_local: bool) -> FaceApp:
+    """The application; its `state.backend` must be set before the first request.
+
+    Args:
+        is_local: Whether objects live in a local directory, so that the `/files` routes exist.
+    """
+    specs = [spec for spec in ROUTES if is_local or not spec.is_local_only]
+    served = [spec for spec in specs if spec.operation in _HANDLERS]
+    app = FaceApp(routes=[_route(spec) for spec in served])
+    app.state.document = orjson.dumps(openapi_document(specs))
+    return app
+
+
+Handler = Callable[[Request, Backend, RequestRecord], Awaitable[Response]]
+
+
+def _route(spec: RouteSpec) -> Route:
+    handler = _HANDLERS[spec.operation]
+
+    async def endpoint(request: Request) -> Response:
+        record: RequestRecord = request.scope[RECORD]
+        record.route = spec.path
+        return await handler(request, request.app.state.backend, record)
+
+    path = spec.path.replace("{key}", "{key:path}")
+    return Route(path, endpoint, methods=[spec.method], name=spec.operation)
+
+
+def _json(body: Any) -> Response:
+    return Response(orjson.dumps(body), media_type="application/json")
+
+
+async def _health(request: Request, backend: Backend, record: RequestRecord) -> Response:
+    model = backend.watch.model
+    return _json({"status": "ok", "model_loaded": model is not None, "gpu_available": _has_gpu(model)})
+
+
+def _has_gpu(model: ModelInfo | None) -> bool:
+    return model is not None and model.extra.get("gpu_available") == "true"
+
+
+async def _metrics(request: Request, backend: Backend, record: RequestRecord) -> Response:
+    text = await asyncio.to_thread(backend.metrics.exposition)
+    return Response(text, headers={"content-type": metrics.CONTENT_TYPE})
+
+
+async def _docs(request: Request, backend: Backend, record: RequestRecord) -> Response:
+    return Response(request.app.state.document, media_type="application/json")
+
+
+async def _model_info(request: Request, backend: Backend, record: RequestRecord) -> Response:
+    model = backend.watch.require()
+    return _json(
+        {
+            "model_name": model.model_name,
+            "model_version": model.model_version,
+            "parameters": model.parameters,
+            "weights_size_gb": model.weights_size_gb,
+            "device": model.device,
+            "dtype": model.dtype,
+            "input_size_px": model.input_size_px,
+            "max_text_tokens": model.max_text_tokens,
+            "max_prompts": MAX_PROMPTS,
+            "max_batch_size": backend.settings.max_batch_size,
+        }
+    )
+
+
+async def _predict(request: Request, backend: Backend, record: RequestRecord) -> Response:
+    with backend.in_flight.slot():
+        asked = await _read_request(request, backend, record, PredictRequest)
+        outcome = await _run(backend, record, asked)
+        return await _in_pool(backend, _predict_json, asked, outcome, record)
+
+
+async def _predict_batch(request: Request, backend: Backend, record: RequestRecord) -> Response:
+    with backend.in_flight.slot():
+        asked = await _read_request(request, backend, record, BatchRequest)
+        outcome = await _run(backend, record, asked)
+        return await _in_pool(backend, _batch_json, asked, outcome, record)
+
+
+async def _read_request(
+    request: Request, backend: Backend, record: RequestRecord, schema: type[RequestT]
+) -> RequestT:
+    """The body as its schema says, with prompts that the text encoder reads."""
+    too_large = BodyTooLarge(
+        f"The JSON body is larger than {MAX_JSON_BYTES} bytes: send the image by URL, not inline."
+    )
+    body = await read_body(request, MAX_JSON_BYTES, too_large)
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise MalformedJson(f"The body is not JSON: {error}.") from error
+    asked = parse_request(schema, value)
+    record.task_id = asked.task_id
+    record.fields["prompts"] = len(asked.all_prompts)
+    _check_prompts(backend.prompts, asked)
+    return asked
+
+
+def _check_prompts(check: PromptChecker, asked: PredictRequest | BatchRequest) -> None:
+    try:
+        check.check([TextPrompt(text) for text in asked.all_prompts])
+    except InvalidPrompt as error:
+        details = tuple(
+            {"field": asked.field_of_prompt(index), "message": message}
+            for index, prompt in enumerate(asked.all_prompts)
+            if (message := _why_refused(check, prompt)) is not None
+        )
+        raise PromptRefused(str(error), details) from error
+
+
+def _why_refused(check: PromptChecker, text: str) -> str | None:
+    try:
+        check.check([TextPrompt(text)])
+    except InvalidPrompt as error:
+        return str(error)
+    return None
+
+
+async def _run(backend: Backend, record: RequestRecord, asked: PredictRequest | BatchRequest) -> JobOutcome:
+    backend.watch.require()  # before the row is claimed
+    job = Job(
+        task_id=asked.task_id,
+        user_id=asked.user_id,
+        image_url=asked.image_url,
+        prompts=asked.all_prompts,
+        score_threshold=asked.score_threshold,
+        request_id=record.request_id,
+        is_batch=isinstance(asked, BatchRequest),
+    )
+    try:
+        outcome = await backend.pipeline.run(job)
+    except Exception as error:
+        record.stage_ms = getattr(error, "stage_ms", {})
+        raise
+    record.stage_ms = outcome.stage_ms
+    record.fields["batch_size"] = outcome.batch_size
+    record.fields["instances"] = sum(len(prompt.segmentation.masks) for prompt in outcome.prompts)
+    return outcome
+
+
+async def _in_pool(backend: Backend, make: Callable[..., Response], *arguments: Any) -> Response:
+    """Run-length strings of many large masks take milliseconds each: not on the event loop."""
+    return await asyncio.get_running_loop().run_in_executor(backend.codec_pool, make, *arguments)
+
+
+def _predict_json(asked: PredictRequest, outcome: JobOutcome, record: RequestRecord) -> Response:
+    return _json(_result(asked, outcome, outcome.prompts[0], record.elapsed_s))
+
+
+def _batch_json(asked: BatchRequest, outcome: JobOutcome, record: RequestRecord) -> Response:
+    elapsed_s = record.elapsed_s
+    return _json(
+        {
+            "task_id": asked.task_id,
+            "results": [_result(asked, outcome, prompt, elapsed_s) for prompt in outcome.prompts],
+            "total_inference_time_ms": round(outcome.inference_time_ms, 3),
+            "mask_url": outcome.mask_url,
+        }
+    )
+
+
+def _result(
+    asked: PredictRequest | BatchRequest, outcome: JobOutcome, prompt: PromptOutcome, elapsed_s: float
+) -> dict[str, Any]:
+    height, width = outcome.image_size_hw
+    timings = {stage: round(ms, 3) for stage, ms in outcome.stage_ms.items()}
+    return {
+        "task_id": asked.task_id,
+        "mask_url": prompt.mask_url,
+        "labels": list(prompt.labels),
+        "inference_time_ms": round(outcome.inference_time_ms, 3),
+        "confidence": prompt.confidence,
+        "text_prompt": prompt.prompt,
+        "instances": _instances(prompt.segmentation),
+        "image_size": {"width": width, "height": height},
+        "score_threshold": asked.score_threshold,
+        "timings_ms": {**timings, "total": round(elapsed_s * 1000, 3)},
+        "model": {"name": outcome.model.model_name, "version": outcome.model.model_version},
+    }
+
+
+def _instances(found: Segmentation) -> list[dict[str, Any]]:
+    return [
+        {
+            "score": float(score),
+            "box_xyxy_px": box.tolist(),
+            "area_px": rle.area_px(mask),
+            "mask_rle": rle.to_coco(mask),
+        }
+        for score, box, mask in zip(found.scores, found.boxes_xyxy_px, found.masks, strict=True)
+    ]
+
+
+async def _get_file(request: Request, backend: Backend, record: RequestRecord) -> Response:
+    key = request.path_params["key"]
+    validate_key(key)
+    try:
+        data = await backend.store.get(key, backend.limits.max_bytes)
+    except ObjectNotFound as error:
+        raise RouteNotFound(f"There is no file {key!r}.") from error
+    return Response(data, media_type=_media_type(data), headers={"x-content-type-options": "nosniff"})
+
+
+async def _put_file(request: Request, backend: Backend, record: RequestRecord) -> Response:
+    key = request.path_params["key"]
+    if len(key) > _MAX_UPLOAD_KEY_CHARS or not _UPLOAD_KEY.match(key):
+        message = (
+            "must be uploads/ and then segments of A-Z a-z 0-9 _ . - joined by /, none beginning with a dot"
+        )
+        raise InvalidRequest(
+            "This key cannot be written; see details.", ({"field": "key", "message": message},)
+        )
+    max_bytes = backend.limits.max_bytes
+    with backend.in_flight.slot():
+        data = await read_body(
+            request, max_bytes, ImageTooLarge(f"The file is larger than {max_bytes} bytes.")
+        )
+        header = await asyncio.get_running_loop().run_in_executor(
+            backend.codec_pool, probe_image, data, backend.limits
+        )
+        await backend.store.put(key, data, f"image/{header.format.lower()}")
+    return _json({"url": backend.store.public_url(key), "key": key})
+
+
+# Of the kinds that come back: masks are PNG, uploads are what `probe_image` takes.
+_MAGIC: tuple[tuple[bytes, int, str], ...] = (
+    (b"\x89PNG", 0, "image/png"),
+    (b"\xff\xd8\xff", 0, "image/jpeg"),
+    (b"WEBP", 8, "image/webp"),
+    (b"GIF8", 0, "image/gif"),
+    (b"BM", 0, "image/bmp"),
+    (b"II*\0", 0, "image/tiff"),
+    (b"MM\0*", 0, "image/tiff"),
+    (b"ftypavif", 4, "image/avif"),
+    (b"ftyp", 4, "image/heic"),
+)
+
+
+def _media_type(data: bytes) -> str:
+    for magic, offset, media_type in _MAGIC:
+        if data.startswith(magic, offset):
+            return media_type
+    return "application/octet-stream"
+
+
+_HANDLERS: dict[str, Handler] = {
+    "health": _health,
+    "metrics": _metrics,
+    "docs": _docs,
+    "predict": _predict,
+    "predict_batch": _predict_batch,
+    "model_info": _model_info,
+    "get_file": _get_file,
+    "put_file": _put_file,
+}

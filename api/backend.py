@@ -1,0 +1,173 @@
+"""Puts the parts of the backend together as the settings say, and takes them apart again."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from api.access import KeyCheck
+from api.config import ConfigurationError, Settings
+from api.errors import code_of
+from api.limits import InFlight
+from api.metrics import RequestMetrics
+from api.readiness import RunnerWatch, WatchedRunner
+from api.runner_link import RunnerClient
+from sam3_runner.errors import CheckpointError
+from sam3_runner.images import ImageLimits
+from sam3_runner.text import PromptChecker
+from storage import ImageUrls, ObjectStore
+from storage.local import LocalStore
+from tasks.local import LocalTasks
+from tasks.pipeline import Pipeline
+from tasks.store import TaskStore
+from tasks.supabase import SupabaseTasks
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What the routes work with; one per process.
+
+    Attributes:
+        settings: What everything was made from.
+        key_check: What a guarded path must pass.
+        metrics: Of this process.
+        in_flight: How much is taken in at once.
+        limits: Of image files.
+        codec_pool: Threads for what takes the CPU.
+        prompts: Checked before anything is claimed.
+        store: Images and masks.
+        tasks: Rows.
+        client: Of the runner's process.
+        watch: Whether the runner is ready.
+        pipeline: Does the jobs.
+    """
+
+    settings: Settings
+    key_check: KeyCheck
+    metrics: RequestMetrics
+    in_flight: InFlight
+    limits: ImageLimits
+    codec_pool: ThreadPoolExecutor
+    prompts: PromptChecker
+    store: ObjectStore
+    tasks: TaskStore
+    client: RunnerClient
+    watch: RunnerWatch
+    pipeline: Pipeline
+
+    async def aclose(self) -> None:
+        """Let work under way end, then free threads and connections."""
+        await self.pipeline.aclose()
+        await self.watch.aclose()
+        await self.client.aclose()
+        await self.tasks.aclose()
+        await self.store.aclose()
+        self.codec_pool.shutdown()
+
+
+def make_backend(settings: Settings, runner_url: str, own_url: str) -> Backend:
+    """Make all parts; nothing is connected yet.
+
+    Args:
+        settings: Checked.
+        runner_url: Of the runner's service.
+        own_url: Where this service listens, for links to `/files` if the settings do not say better.
+    """
+    base_url = settings.public_url or own_url
+    client = RunnerClient(runner_url, timeout_s=settings.request_timeout_s)
+    watch = RunnerWatch(client.info)
+    limits = ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels)
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="codec")
+    store, tasks = make_store(settings, base_url), make_tasks(settings)
+    pipeline = Pipeline(
+        store,
+        tasks,
+        WatchedRunner(client, watch),
+        make_urls(settings, base_url),
+        limits,
+        code_of=code_of,
+        codec_pool=pool,
+        timeout_s=settings.request_timeout_s,
+    )
+    return Backend(
+        settings=settings,
+        key_check=KeyCheck(_value(settings, "api_secret_key")),
+        metrics=RequestMetrics(),
+        in_flight=InFlight(settings.max_in_flight),
+        limits=limits,
+        codec_pool=pool,
+        prompts=PromptChecker.from_checkpoint(settings.weights_path),
+        store=store,
+        tasks=tasks,
+        client=client,
+        watch=watch,
+        pipeline=pipeline,
+    )
+
+
+def make_store(settings: Settings, base_url: str) -> ObjectStore:
+    """R2 if it is configured, else a local directory."""
+    if settings.r2_endpoint is None:
+        return LocalStore(settings.data_dir / "files", base_url)
+    from storage.r2 import R2Store  # boto3 takes half a second that local mode need not wait
+
+    return R2Store(
+        settings.r2_endpoint,
+        settings.r2_bucket,
+        _value(settings, "r2_access_key_id") or "",
+        _value(settings, "r2_secret_access_key") or "",
+        public_url=settings.r2_public_url,
+    )
+
+
+def make_urls(settings: Settings, base_url: str) -> ImageUrls:
+    """Which image URLs are ours."""
+    if settings.r2_endpoint is None:
+        return ImageUrls.for_local(base_url)
+    return ImageUrls.for_r2(
+        endpoint=settings.r2_endpoint, bucket=settings.r2_bucket, public_url=settings.r2_public_url
+    )
+
+
+def make_tasks(settings: Settings) -> TaskStore:
+    """Supabase if it is configured, else SQLite."""
+    if settings.supabase_url is None:
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        return LocalTasks(settings.data_dir / "tasks.sqlite3")
+    return SupabaseTasks(settings.supabase_url, _value(settings, "supabase_service_key") or "")
+
+
+def check_settings(settings: Settings) -> None:
+    """Find what would stop a worker from starting, before any worker is started.
+
+    Raises:
+        ConfigurationError: in one line, naming the variable.
+    """
+    settings.check_weights()
+    try:
+        PromptChecker.from_checkpoint(settings.weights_path)
+    except CheckpointError as error:
+        raise ConfigurationError(f"SAM3_WEIGHTS_PATH is wrong: {error}") from None
+    try:
+        make_urls(settings, settings.public_url or "http://localhost")
+    except ValueError as error:
+        variables = "R2_ENDPOINT, R2_BUCKET or R2_PUBLIC_URL" if settings.uses_r2 else "S3_PUBLIC_URL"
+        raise ConfigurationError(f"{variables} is wrong: {error}") from None
+    if settings.supabase_url is not None:
+        try:
+            make_tasks(settings)
+        except ValueError as error:
+            raise ConfigurationError(f"SUPABASE_URL or SUPABASE_SERVICE_KEY is wrong: {error}") from None
+    if not (settings.uses_r2 and settings.uses_supabase):
+        try:
+            settings.data_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigurationError(
+                f"S3_DATA_DIR is {str(settings.data_dir)!r}; no directory can be made there: {error.strerror}"
+            ) from None
+
+
+def _value(settings: Settings, name: str) -> str | None:
+    secret = getattr(settings, name)
+    return None if secret is None else secret.get_secret_value()

@@ -1,0 +1,192 @@
+"""Settings of the service: read from the environment once, checked as a whole, then frozen.
+
+What is wrong with them is said in one line that names the variable (`ConfigurationError`); a secret's value
+never appears in it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+LOOPBACK = "127.0.0.1"
+ALL_INTERFACES = "0.0.0.0"
+DEFAULT_PORT = 8000
+DEMO_WEIGHTS = Path("weights/demo")
+
+_R2_REQUIRED = ("r2_endpoint", "r2_access_key_id", "r2_secret_access_key")
+_SUPABASE_REQUIRED = ("supabase_url", "supabase_service_key")
+
+
+class ConfigurationError(Exception):
+    """The environment does not add up; the message is one line that names the variable."""
+
+
+def default_api_workers() -> int:
+    """Half the cores, 1 to 8: the model's process and the web workers share the machine."""
+    return max(1, min(8, len(os.sched_getaffinity(0)) // 2))
+
+
+class Settings(BaseSettings):
+    """Everything the service can be told, by the names of `.env.example` in lower case."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="ignore", env_ignore_empty=True, hide_input_in_errors=True
+    )
+
+    sam3_weights_path: Path | None = None
+    sam3_device: Literal["cuda", "cpu"] | None = None
+    sam3_dtype: Literal["float32", "bfloat16"] | None = None
+    hf_token: SecretStr | None = None
+
+    r2_endpoint: str | None = None
+    r2_access_key_id: SecretStr | None = None
+    r2_secret_access_key: SecretStr | None = None
+    r2_bucket: str = "s3-images"
+    r2_public_url: str | None = None
+
+    supabase_url: str | None = None
+    supabase_service_key: SecretStr | None = None
+
+    api_secret_key: SecretStr | None = None
+
+    data_dir: Path = Field(Path("data"), validation_alias="s3_data_dir")
+    public_url: str | None = Field(None, validation_alias="s3_public_url")
+    api_workers: int = Field(
+        default_factory=default_api_workers,
+        ge=1,
+        le=64,
+        validation_alias="s3_api_workers",
+    )
+    max_in_flight: int = Field(64, ge=1, validation_alias="s3_max_in_flight")
+    request_timeout_s: float = Field(60.0, gt=0, le=3600, validation_alias="s3_request_timeout_s")
+    max_image_bytes: int = Field(25_000_000, ge=1, validation_alias="s3_max_image_bytes")
+    max_image_pixels: int = Field(50_000_000, ge=1, validation_alias="s3_max_image_pixels")
+    max_batch_size: int = Field(16, ge=1, le=256, validation_alias="s3_max_batch_size")
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field((), validation_alias="s3_cors_origins")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", validation_alias="s3_log_level")
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _split_origins(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("sam3_device", "sam3_dtype", "log_level", mode="before")
+    @classmethod
+    def _lower(cls, value: Any) -> Any:
+        return value.strip().lower() if isinstance(value, str) else value
+
+    @field_validator("r2_endpoint", "r2_public_url", "supabase_url", "public_url")
+    @classmethod
+    def _is_http_url(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("must be an http:// or https:// URL")
+        if parts.username is not None or parts.query or parts.fragment:
+            raise ValueError("must be a plain URL without user, query or fragment")
+        return value.rstrip("/")
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Settings:
+        self._require_together("R2", _R2_REQUIRED, also_set_by=("r2_public_url",))
+        self._require_together("Supabase", _SUPABASE_REQUIRED)
+        if self.api_secret_key is None and (self.uses_r2 or self.uses_supabase):
+            part = "R2" if self.uses_r2 else "Supabase"
+            raise ValueError(
+                f"API_SECRET_KEY is not set: it must be, because {part} is configured. "
+                "Choose a long random value and give the same one to the caller."
+            )
+        return self
+
+    def _require_together(self, part: str, names: tuple[str, ...], also_set_by: tuple[str, ...] = ()) -> None:
+        present = [name for name in (*names, *also_set_by) if getattr(self, name) is not None]
+        missing = [name.upper() for name in names if getattr(self, name) is None]
+        if present and missing:
+            raise ValueError(
+                f"{', '.join(missing)} is not set, but {present[0].upper()} is: "
+                f"set all of {', '.join(name.upper() for name in names)} to use {part}, or none."
+            )
+
+    @property
+    def uses_r2(self) -> bool:
+        """Whether objects live in R2; otherwise in a local directory."""
+        return self.r2_endpoint is not None
+
+    @property
+    def uses_supabase(self) -> bool:
+        """Whether tasks live in Supabase; otherwise in SQLite."""
+        return self.supabase_url is not None
+
+    @property
+    def weights_path(self) -> Path:
+        """What the runner loads: the demo checkpoint beside the code unless something else is set."""
+        if self.sam3_weights_path is not None:
+            return self.sam3_weights_path
+        return Path(__file__).resolve().parent.parent / DEMO_WEIGHTS
+
+    @property
+    def default_host(self) -> str:
+        """Where to listen when nobody says: everywhere with a key, on loopback only without one."""
+        return LOOPBACK if self.api_secret_key is None else ALL_INTERFACES
+
+    def check_weights(self) -> None:
+        """Fail early, in one line, when there is nothing to load.
+
+        Raises:
+            ConfigurationError: `SAM3_WEIGHTS_PATH`, or the demo checkpoint without it, is not there.
+        """
+        if self.weights_path.exists():
+            return
+        if self.sam3_weights_path is not None:
+            raise ConfigurationError(
+                f"SAM3_WEIGHTS_PATH is set to {str(self.sam3_weights_path)!r}, but nothing is there: "
+                "mount the weights at that path, or unset it to use the demo checkpoint."
+            )
+        raise ConfigurationError(
+            f"SAM3_WEIGHTS_PATH is not set and the demo checkpoint is missing from {DEMO_WEIGHTS}: "
+            "restore that directory from the repository, or set the variable."
+        )
+
+    def secrets(self) -> tuple[str, ...]:
+        """The values that must not appear in any log, report or error."""
+        fields = (
+            self.hf_token,
+            self.r2_access_key_id,
+            self.r2_secret_access_key,
+            self.supabase_service_key,
+            self.api_secret_key,
+        )
+        return tuple(field.get_secret_value() for field in fields if field is not None)
+
+
+def read_settings(env_file: str | None = None) -> Settings:
+    """Read the environment, and the file `.env` for what it does not say.
+
+    Args:
+        env_file: Instead of the file that `S3_ENV_FILE` names (`.env` if unset; none if empty).
+    Raises:
+        ConfigurationError: in one line, naming the variable.
+    """
+    file = os.environ.get("S3_ENV_FILE", ".env") if env_file is None else env_file
+    try:
+        return Settings(_env_file=file or None)
+    except ValidationError as error:
+        raise ConfigurationError(_one_line(error)) from None
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first thing that is wrong, without the value that came (it may be a secret)."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return message
+    return f"{str(first['loc'][0]).upper()} is wrong: {message[:1].lower()}{message[1:]}."

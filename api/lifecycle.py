@@ -1,0 +1,126 @@
+"""How the processes of one `bentoml serve` end together.
+
+BentoML's supervisor leaves three things to wish for:
+
+- It starts a process that ended again, for ever. That is right after a crash, and wrong when the weights are
+  broken: the service would never be ready and never end. `fail_service` ends it, with a status that says so.
+- It tells all processes to stop at the same moment. A request whose image is still on its way would find the
+  model gone. So web workers hold a lock as long as they live, and the runner stops after the last of them.
+- When it is killed, the others go on for ever, the model's memory with them. They ask the kernel to be told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import ctypes
+import fcntl
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+
+_VARIABLE = "S3_LIFECYCLE_DIR"  # ours alone: from the supervisor to its processes
+_POLL_S = 0.05
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def prepare_processes() -> None:
+    """In the supervisor, before it starts any process: make the other functions possible."""
+    directory = Path(tempfile.mkdtemp(prefix="s3-backend-"))
+    (directory / "callers").touch()
+    (directory / "supervisor").write_text(str(os.getpid()))
+    os.environ[_VARIABLE] = str(directory)
+    atexit.register(_end_as_told, directory, os.getpid())
+
+
+def end_with_supervisor() -> None:
+    """In one of the processes: stop, gently, when the supervisor is gone, in whatever way it went."""
+    directory = _directory()
+    if directory is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    if os.getppid() != _supervisor_of(directory):  # it went before we asked
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def fail_service(reason: str) -> None:
+    """In one of the processes: end the whole service with status 1, soon after this returns."""
+    directory = _directory()
+    if directory is None:
+        return
+    with contextlib.suppress(OSError):  # the supervisor is already on its way out
+        (directory / "fatal").write_text(reason, encoding="utf-8")
+        os.kill(os.getppid(), signal.SIGTERM)
+
+
+def count_as_caller() -> None:
+    """In a web worker: keep the runner from stopping before this process has ended."""
+    directory = _directory()
+    if directory is not None:
+        # Never closed: the kernel lets go of the lock when the process ends, in whatever way.
+        fcntl.flock(os.open(directory / "callers", os.O_RDONLY | os.O_CLOEXEC), fcntl.LOCK_SH)
+
+
+def outlive_callers(deadline_s: float) -> None:
+    """In the runner, on its event loop: let SIGTERM wait until no web worker is left.
+
+    Args:
+        deadline_s: The longest that it waits.
+    """
+    directory, loop, stop = _directory(), asyncio.get_running_loop(), signal.getsignal(signal.SIGTERM)
+    if directory is None or not callable(stop):
+        return
+
+    def wait_then_stop() -> None:
+        _wait_for_callers(directory / "callers", deadline_s)
+        loop.call_soon_threadsafe(stop, signal.SIGTERM, None)
+
+    def on_sigterm(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, stop)  # who asks twice means it
+        threading.Thread(target=wait_then_stop, name="outlive-callers", daemon=True).start()
+
+    signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def _wait_for_callers(path: Path, deadline_s: float) -> None:
+    ends = time.monotonic() + deadline_s
+    with contextlib.suppress(OSError), path.open("rb") as lock:
+        while time.monotonic() < ends:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            time.sleep(_POLL_S)
+
+
+def _supervisor_of(directory: Path) -> int | None:
+    try:
+        return int((directory / "supervisor").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _directory() -> Path | None:
+    """None where nobody supervises."""
+    path = os.environ.get(_VARIABLE)
+    return None if path is None else Path(path)
+
+
+def _end_as_told(directory: Path, supervisor_pid: int) -> None:
+    if os.getpid() != supervisor_pid:  # a fork of it
+        return
+    try:
+        reason = (directory / "fatal").read_text(encoding="utf-8")
+    except OSError:
+        reason = ""
+    shutil.rmtree(directory, ignore_errors=True)
+    if reason:
+        print(f"Error: {reason}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)  # too late for sys.exit

@@ -1,0 +1,132 @@
+"""The API as OpenAPI 3.1, made from the schemas, the routes and the error table: nothing is told twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from api import examples
+from api.errors import FAULTS
+from api.requests import REQUEST_ID_HEADER
+from api.routes import ANY_PATH_ERRORS, RouteSpec
+from api.schemas import ErrorResponse
+
+_REF = "#/components/schemas/{model}"
+_VERSION = "1.0.0"
+
+STATUS_OF_CODE: dict[str, int] = {fault.code: fault.status for fault in FAULTS.values()}
+
+
+def openapi_document(specs: Sequence[RouteSpec]) -> dict[str, Any]:
+    """The document for the routes that exist."""
+    paths: dict[str, dict[str, Any]] = {}
+    for spec in specs:
+        paths.setdefault(spec.path, {})[spec.method.lower()] = _operation(spec)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "S3 backend",
+            "version": _VERSION,
+            "description": "Segments images by text with SAM3. Every error has the form of `ErrorResponse`.",
+        },
+        "paths": paths,
+        "components": {
+            "schemas": _schemas(specs),
+            "securitySchemes": {"ApiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"}},
+        },
+    }
+
+
+def _schemas(specs: Iterable[RouteSpec]) -> dict[str, Any]:
+    wanted: list[tuple[type[BaseModel], Any]] = [(ErrorResponse, "serialization")]
+    for spec in specs:
+        if spec.request is not None:
+            wanted.append((spec.request, "validation"))
+        if spec.response is not None:
+            wanted.append((spec.response, "serialization"))
+    _, document = models_json_schema(wanted, ref_template=_REF)
+    schemas: dict[str, Any] = document["$defs"]
+    return schemas
+
+
+def _operation(spec: RouteSpec) -> dict[str, Any]:
+    operation: dict[str, Any] = {
+        "operationId": spec.operation,
+        "summary": spec.summary,
+        "security": [{"ApiKey": []}] if spec.needs_key else [],
+        "parameters": _parameters(spec),
+        "responses": {"200": _success(spec)} | _errors(spec),
+    }
+    if spec.request is not None:
+        content = {"schema": {"$ref": _REF.format(model=spec.request.__name__)}}
+        example = examples.REQUESTS[spec.operation]
+        operation["requestBody"] = {
+            "required": True,
+            "content": {"application/json": content | {"example": example}},
+        }
+    if spec.takes_file:
+        binary = {"schema": {"type": "string", "format": "binary"}}
+        operation["requestBody"] = {"required": True, "content": {"application/octet-stream": binary}}
+    return operation
+
+
+def _parameters(spec: RouteSpec) -> list[dict[str, Any]]:
+    id_schema = {"type": "string", "pattern": "^[A-Za-z0-9._:-]{1,128}$"}
+    parameters: list[dict[str, Any]] = [
+        {"name": REQUEST_ID_HEADER, "in": "header", "required": False, "schema": id_schema}
+    ]
+    if "{key}" in spec.path:
+        description = "May contain slashes, as `uploads/desk.jpg`."
+        key = {
+            "name": "key",
+            "in": "path",
+            "required": True,
+            "schema": {"type": "string"},
+            "description": description,
+        }
+        parameters.append(key)
+    return parameters
+
+
+def _success(spec: RouteSpec) -> dict[str, Any]:
+    response: dict[str, Any] = {"description": "OK", "headers": _headers()}
+    if spec.response is not None:
+        schema = {"$ref": _REF.format(model=spec.response.__name__)}
+        example = examples.RESPONSES[spec.operation]
+        response["content"] = {"application/json": {"schema": schema, "example": example}}
+    elif spec.response_types == ("application/json",):
+        response["content"] = {"application/json": {"schema": {"type": "object"}}}
+    else:
+        response["content"] = {
+            media_type: {"schema": {"type": "string"}} for media_type in spec.response_types
+        }
+    return response
+
+
+def _errors(spec: RouteSpec) -> dict[str, Any]:
+    """One response per status, with an example per code."""
+    codes_of: dict[int, list[str]] = {}
+    for code in dict.fromkeys((*spec.errors, *ANY_PATH_ERRORS)):
+        codes_of.setdefault(STATUS_OF_CODE[code], []).append(code)
+    return {str(status): _error(status, codes) for status, codes in sorted(codes_of.items())}
+
+
+def _error(status: int, codes: list[str]) -> dict[str, Any]:
+    schema = {"$ref": _REF.format(model=ErrorResponse.__name__)}
+    shown = {code: {"value": examples.error_body(code)} for code in codes}
+    response: dict[str, Any] = {
+        "description": f"{HTTPStatus(status).phrase}: {', '.join(f'`{code}`' for code in codes)}",
+        "headers": _headers(),
+        "content": {"application/json": {"schema": schema, "examples": shown}},
+    }
+    if status in (429, 503):
+        response["headers"]["Retry-After"] = {"schema": {"type": "integer"}, "description": "seconds"}
+    return response
+
+
+def _headers() -> dict[str, Any]:
+    return {REQUEST_ID_HEADER: {"schema": {"type": "string"}}}

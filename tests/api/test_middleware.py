@@ -1,0 +1,272 @@
+"""Whatever happens below, what leaves has the contract's form and the request's id."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+from collections.abc import AsyncIterator, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.datastructures import State
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from api.access import KeyCheck
+from api.errors import BodyTooLarge
+from api.limits import InFlight, read_body
+from api.logs import JsonFormatter, configure_logs
+from api.metrics import RequestMetrics
+from api.middleware import EnvelopeMiddleware
+from api.requests import current_request
+from storage.errors import StorageUnavailable
+
+KEY = "a-secret-of-16-chars"
+
+
+async def fine(request: Request) -> Response:
+    logging.getLogger("tasks").info("deep below")
+    return JSONResponse({"ok": True})
+
+
+async def raises_bug(request: Request) -> Response:
+    raise KeyError(f"secret {KEY}")
+
+
+async def raises_domain_error(request: Request) -> Response:
+    raise StorageUnavailable("inside")
+
+
+async def writes_its_own_error(request: Request) -> Response:
+    return PlainTextResponse(
+        "overloaded, says someone else", 503, headers={"Retry-After": "7", "Server": "secret"}
+    )
+
+
+async def breaks_off(request: Request) -> Response:
+    async def body() -> AsyncIterator[bytes]:
+        yield b"half"
+        raise KeyError("in the middle")
+
+    return Response(b"".join([chunk async for chunk in body()]))
+
+
+async def reads(request: Request) -> Response:
+    body = await read_body(request, 10, BodyTooLarge("more than 10"), timeout_s=0.2)
+    return JSONResponse({"bytes": len(body)})
+
+
+ROUTES = [
+    Route("/fine", fine),
+    Route("/bug", raises_bug),
+    Route("/domain", raises_domain_error),
+    Route("/foreign", writes_its_own_error),
+    Route("/read", reads, methods=["POST"]),
+    Route("/api/v1/fine", fine),
+]
+
+
+def client_of(
+    *, key: str | None = KEY, cors: tuple[str, ...] = (), peer: str = "127.0.0.1"
+) -> httpx.AsyncClient:
+    class Bare(Starlette):
+        def build_middleware_stack(self) -> Any:
+            return self.router
+
+    state = State({"backend": SimpleNamespace(key_check=KeyCheck(key), metrics=RequestMetrics())})
+    below = Starlette(routes=[])  # as BentoML's: answers 404 and 405 in plain text
+    below.router.routes = Bare(routes=ROUTES).routes
+    below.middleware_stack = None
+    app = EnvelopeMiddleware(_without_server_errors(below), state, cors)
+    transport = httpx.ASGITransport(app=app, client=(peer, 1))
+    return httpx.AsyncClient(transport=transport, base_url="http://test")
+
+
+def _without_server_errors(app: Starlette) -> Any:
+    from starlette.middleware.exceptions import ExceptionMiddleware
+
+    return ExceptionMiddleware(app.router)
+
+
+@pytest.fixture
+def lines() -> Iterator[Any]:
+    written = io.StringIO()
+    configure_logs("debug", (KEY,), written)
+    yield lambda: [json.loads(line) for line in written.getvalue().splitlines()]
+    for name in ("api", "tasks", "storage", "sam3_runner", "service"):
+        logging.getLogger(name).handlers = []
+        logging.getLogger(name).propagate = True
+        logging.getLogger(name).setLevel(logging.NOTSET)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/nope", 404, "NOT_FOUND"),
+        ("POST", "/fine", 405, "METHOD_NOT_ALLOWED"),
+        ("GET", "/bug", 500, "INTERNAL_ERROR"),
+        ("GET", "/domain", 502, "STORAGE_UNAVAILABLE"),
+        ("GET", "/foreign", 503, "MODEL_NOT_READY"),
+        ("GET", "/api/v1/fine", 401, "UNAUTHORIZED"),
+        ("GET", "/api/v1/nope", 401, "UNAUTHORIZED"),
+        ("GET", "/files/nope", 401, "UNAUTHORIZED"),
+    ],
+)
+async def test_an_error_of_any_layer_has_the_one_form(method: str, path: str, status: int, code: str) -> None:
+    async with client_of() as client:
+        response = await client.request(method, path)
+    body = response.json()
+    assert response.status_code == status
+    assert (body["success"], body["data"], body["error"]["code"]) == (False, None, code)
+    assert body["meta"]["request_id"] == response.headers["X-Request-ID"]
+    assert response.headers.get_list("content-type") == ["application/json"]
+
+
+async def test_a_foreign_error_keeps_what_the_caller_needs_and_nothing_else() -> None:
+    async with client_of() as client:
+        foreign = await client.get("/foreign")
+        wrong_method = await client.post("/fine")
+    assert foreign.headers["Retry-After"] == "7"
+    assert "server" not in foreign.headers and "someone else" not in foreign.text
+    assert wrong_method.headers["Allow"] == "HEAD, GET" or wrong_method.headers["Allow"] == "GET, HEAD"
+
+
+@pytest.mark.parametrize("sent", ["abc", "0c9f7f1e-51d1-4a1b-9a55-c0a1f5f3b7aa", "a:b.c_d-e", "x" * 128])
+async def test_a_request_id_that_is_fit_for_it_is_kept(sent: str) -> None:
+    async with client_of() as client:
+        response = await client.get("/fine", headers={"X-Request-ID": sent})
+    assert response.headers.get_list("X-Request-ID") == [sent]
+
+
+@pytest.mark.parametrize("sent", ["", "a b", "x" * 129, '{"$ne":1}', "a;b", "<script>"])
+async def test_a_request_id_that_is_not_is_replaced(sent: str) -> None:
+    async with client_of() as client:
+        response = await client.get("/fine", headers={"X-Request-ID": sent})
+    assert response.headers["X-Request-ID"] != sent
+    assert len(response.headers["X-Request-ID"]) == 36
+
+
+@pytest.mark.parametrize("sent", [None, "", "wrong", KEY[:-1], KEY + "x", KEY.upper(), "\u00e4\u00f6"])
+async def test_a_missing_or_wrong_key_is_refused(sent: str | None) -> None:
+    headers = {} if sent is None else {b"X-API-Key": sent.encode("latin-1")}
+    async with client_of() as client:
+        assert (await client.get("/api/v1/fine", headers=headers)).status_code == 401
+
+
+async def test_the_right_key_passes() -> None:
+    async with client_of() as client:
+        assert (await client.get("/api/v1/fine", headers={"X-API-Key": KEY})).status_code == 200
+
+
+@pytest.mark.parametrize(("peer", "status"), [("127.0.0.1", 200), ("::1", 200), ("10.0.0.7", 401), ("", 401)])
+async def test_without_a_key_only_this_machine_passes(peer: str, status: int) -> None:
+    async with client_of(key=None, peer=peer) as client:
+        assert (await client.get("/api/v1/fine")).status_code == status
+
+
+async def test_every_log_line_of_a_request_has_its_id_and_no_secret(lines: Any) -> None:
+    async with client_of() as client:
+        await client.get("/api/v1/fine", headers={"X-API-Key": KEY, "X-Request-ID": "id-1"})
+        await client.get("/bug", headers={"X-Request-ID": "id-2"})
+    written = lines()
+    assert KEY not in json.dumps(written)
+    assert [line["message"] for line in written if line["request_id"] == "id-1"] == ["deep below", "request"]
+    last = [line for line in written if line["message"] == "request"]
+    assert [(line["status"], line["outcome"]) for line in last] == [(200, "ok"), (500, "INTERNAL_ERROR")]
+    assert any("KeyError" in line.get("exception", "") for line in written)
+    assert current_request.get() is None
+
+
+async def test_probes_are_counted_but_not_logged(lines: Any) -> None:
+    async with client_of() as client:
+        await client.get("/readyz")
+    assert lines() == []
+
+
+def test_a_secret_is_blanked_out_even_where_json_escapes_it() -> None:
+    secret = 'quo"te\\and\nline'
+    record = logging.LogRecord("api", logging.INFO, "", 0, "it is %s", (secret,), None)
+    text = JsonFormatter((secret,)).format(record)
+    assert json.loads(text)["message"] == "it is ***"
+
+
+async def test_pages_of_an_allowed_origin_may_read_errors_too() -> None:
+    origin = "https://app.example"
+    async with client_of(cors=(origin,)) as client:
+        asked = {
+            "Origin": origin,
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "X-API-Key",
+        }
+        preflight = await client.options("/api/v1/fine", headers=asked)
+        refused = await client.get("/api/v1/fine", headers={"Origin": origin})
+        foreign = await client.options("/api/v1/fine", headers={**asked, "Origin": "https://evil.example"})
+    assert preflight.status_code == 200 and "X-API-Key" in preflight.headers["Access-Control-Allow-Headers"]
+    assert refused.status_code == 401 and refused.headers["Access-Control-Allow-Origin"] == origin
+    assert foreign.json()["error"]["code"] == "REQUEST_REFUSED"
+    assert "Access-Control-Allow-Origin" not in foreign.headers
+
+
+async def test_without_allowed_origins_there_is_no_cors() -> None:
+    async with client_of() as client:
+        response = await client.get("/fine", headers={"Origin": "https://app.example"})
+    assert not [name for name in response.headers if name.startswith("access-control")]
+
+
+async def test_a_body_is_limited_whether_or_not_it_says_how_long_it_is() -> None:
+    async def chunks(count: int) -> AsyncIterator[bytes]:
+        for _ in range(count):
+            yield b"xx"
+
+    async with client_of() as client:
+        assert (await client.post("/read", content=b"x" * 10)).json() == {"bytes": 10}
+        assert (await client.post("/read", content=chunks(5))).json() == {"bytes": 10}
+        assert (await client.post("/read", content=b"x" * 11)).status_code == 413
+        assert (await client.post("/read", content=chunks(6))).status_code == 413
+
+
+async def test_a_body_that_stops_arriving_is_given_up() -> None:
+    async def stalls() -> AsyncIterator[bytes]:
+        yield b"x"
+        await asyncio.sleep(5)
+
+    async with client_of() as client:
+        response = await client.post("/read", content=stalls())
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "BODY_INCOMPLETE")
+
+
+def test_slots_are_given_back_whatever_happens() -> None:
+    from api.errors import Overloaded
+
+    in_flight = InFlight(1)
+
+    def fails_and_finds_no_second_slot() -> None:
+        with in_flight.slot():
+            with pytest.raises(Overloaded), in_flight.slot():
+                pass
+            raise KeyError
+
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            fails_and_finds_no_second_slot()
+
+
+async def test_requests_are_counted_by_route_and_never_by_what_callers_invent() -> None:
+    from api.requests import RequestRecord
+
+    metrics = RequestMetrics()
+    metrics.observe(RequestRecord("1", "BREW", status=405, outcome="METHOD_NOT_ALLOWED"))
+    metrics.observe(
+        RequestRecord("2", "POST", "/api/v1/predict", status=200, stage_ms={"decode": 5.0, "infer": 0.0})
+    )
+    text = metrics.exposition().decode()
+    assert 's3_requests_total{method="other",route="unmatched",status="405"} 1.0' in text
+    assert 's3_errors_total{code="METHOD_NOT_ALLOWED"} 1.0' in text
+    assert 's3_stage_seconds_count{stage="decode"} 1.0' in text
+    assert 's3_stage_seconds_count{stage="infer"} 0.0' in text
