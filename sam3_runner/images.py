@@ -30,7 +30,9 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import (
     PHOTOMETRIC_INTERPRETATION,
     PLANAR_CONFIGURATION,
+    STRIPOFFSETS,
     TILELENGTH,
+    TILEOFFSETS,
     TILEWIDTH,
     TiffImageFile,
 )
@@ -49,8 +51,8 @@ _READABLE: Final = f"{', '.join(READABLE_FORMATS[:-1])} or {READABLE_FORMATS[-1]
 # empty scans. Encoders write 3 to 15.
 MAX_JPEG_SCANS: Final = 100
 
-# Pillow reads JPEG segments and PNG chunks one by one in Python: 25 MB of empty ones would keep it busy for half
-# a minute. Encoders write some thousand at most.
+# Pillow reads JPEG segments, PNG chunks and TIFF strips one by one in Python: 25 MB of empty ones would keep it
+# busy for half a minute. Encoders write some thousand at most.
 MAX_PARTS: Final = 50_000
 
 # `_profile_shift` of profiles with these primaries: sRGB 0.8, Adobe RGB 8.8, Display P3 (on every iPhone
@@ -166,9 +168,16 @@ def resize_for_model(image_rgb: npt.NDArray[np.uint8], input_size_px: int) -> np
 
 
 class _Tiff(TiffImageFile):
-    """Pillow's, without the global pixel limit that it holds its tiles against; `_open` has done that."""
+    """Pillow's, but the limits that its strips and tiles are held against are ours."""
+
+    def _setup(self) -> None:
+        for tag in (STRIPOFFSETS, TILEOFFSETS):
+            if len(self.tag_v2.get(tag, ())) > MAX_PARTS:
+                raise UndecodableImage(_too_many_parts("TIFF"))
+        super()._setup()
 
     def load_prepare(self) -> None:
+        # Without Pillow's global limit: `_open` has held the tiles against ours.
         if self._im is None:
             self.im = Image.core.new(self.mode, self._tile_size)  # type: ignore[attr-defined]  # not in its __all__
         super().load_prepare()
@@ -309,7 +318,7 @@ def _check_parts(data: bytes, kind: str) -> None:
     parts = 0
     if kind == "JPEG":
         layout = read_layout(data, MAX_PARTS)
-        parts = layout.segments
+        parts = layout.parts
         if layout.scans > MAX_JPEG_SCANS:
             raise UndecodableImage(
                 f"The JPEG has {layout.scans} scans; at most {MAX_JPEG_SCANS} are read. "
@@ -318,9 +327,11 @@ def _check_parts(data: bytes, kind: str) -> None:
     elif kind == "PNG":
         parts = sum(1 for _ in islice(_png_chunks(data), MAX_PARTS + 1))
     if parts > MAX_PARTS:
-        raise UndecodableImage(
-            f"The {kind} is in more than {MAX_PARTS:,} pieces. Save it anew with an ordinary program."
-        )
+        raise UndecodableImage(_too_many_parts(kind))
+
+
+def _too_many_parts(kind: str) -> str:
+    return f"The {kind} is in more than {MAX_PARTS:,} pieces. Save it anew with an ordinary program."
 
 
 def _check_pixels(width: int, height: int, what: str, limits: ImageLimits) -> None:

@@ -21,31 +21,32 @@ class JpegLayout:
 
     Attributes:
         scans: How many scans it has.
-        segments: How many markers with a segment behind them it has, scans included.
+        parts: How many segments it has, scans included, and bytes of no meaning before the first scan.
         progressive: Whether its frame is a progressive one.
         end: Offset of its end marker, None if it has none.
     """
 
     scans: int
-    segments: int
+    parts: int
     progressive: bool
     end: int | None
 
 
-def read_layout(data: bytes, max_segments: int) -> JpegLayout:
+def read_layout(data: bytes, max_parts: int) -> JpegLayout:
     """Walk over the markers of the first picture in the file. Never raises: what is broken ends the walk.
 
     Args:
         data: The whole file.
-        max_segments: The walk ends after one more.
+        max_parts: The walk ends beyond so many.
     """
-    scans, segments, progressive, at = 0, 0, False, 2
-    while segments <= max_segments and (found := _NEXT_MARKER.search(data, at)) is not None:
+    scans, parts, progressive, at = 0, 0, False, 2
+    while parts <= max_parts and (found := _NEXT_MARKER.search(data, at)) is not None:
+        skipped = found.start() - at
         at, marker = found.start(), data[found.start() + 1]
         if marker == _END:
-            return JpegLayout(scans, segments, progressive, at)
+            return JpegLayout(scans, parts, progressive, at)
+        parts += 1 + (0 if scans else skipped)
         progressive = progressive or marker in _PROGRESSIVE_FRAMES
         scans += marker == _SCAN
-        segments += 1
         at += 2 + max(2, int.from_bytes(data[at + 2 : at + 4]))
-    return JpegLayout(scans, segments, progressive, None)
+    return JpegLayout(scans, parts, progressive, None)

@@ -115,18 +115,11 @@ class R2Store:
         self._max_attempts = max_attempts
         self._executor = ThreadPoolExecutor(pool_size, thread_name_prefix="r2")
         self._is_closed = False
-        config = Config(
-            region_name="auto",
-            signature_version="s3v4",
-            s3={"addressing_style": "path"},
-            # The checksums that boto3 adds since 1.36 are not part of R2's S3; over https they break puts.
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
+        config = _client_config(
             connect_timeout=connect_timeout_s,
             read_timeout=read_timeout_s,
             retries={"mode": "standard", "total_max_attempts": max_attempts},
             max_pool_connections=pool_size,
-            tcp_keepalive=True,
         )
         self._client = _make_client(endpoint_url.text, access_key_id, secret_access_key, config)
 
@@ -208,6 +201,19 @@ class R2Store:
 
 class _BodyBrokeOff(Exception):
     """The connection ended in the middle of a body; the same request may well succeed now."""
+
+
+def _client_config(**options: Any) -> Config:
+    return Config(
+        region_name="auto",
+        signature_version="s3v4",
+        s3={"addressing_style": "path"},
+        # The checksums that boto3 adds since 1.36 are not part of R2's S3; over https they break puts.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        tcp_keepalive=True,
+        **options,
+    )
 
 
 def _make_client(endpoint: str, access_key_id: str, secret_access_key: str, config: Config) -> Any:

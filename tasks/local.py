@@ -172,10 +172,11 @@ class LocalTasks:
             self._connection.execute("begin immediate")
             try:
                 yield
+                self._connection.execute("commit")
             except BaseException:
-                self._connection.execute("rollback")
+                if self._connection.in_transaction:  # a full disk makes SQLite roll back by itself
+                    self._connection.execute("rollback")
                 raise
-            self._connection.execute("commit")
 
     def _open(self) -> sqlite3.Connection:
         try:

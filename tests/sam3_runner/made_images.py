@@ -324,6 +324,18 @@ def huge_tile_tiff() -> bytes:
     )
 
 
+def tiff_of_strips(count: int) -> bytes:
+    """A grey TIFF that lists so many strips of one row; all of them lie in the same place."""
+    offsets_at = 8 + WIDTH
+    entries = [(256, WIDTH), (257, HEIGHT), (258, 8), (259, 1), (262, 1), (277, 1), (278, 1)]
+    directory = struct.pack("<H", len(entries) + 2)
+    directory += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    directory += struct.pack("<HHII", 273, 4, count, offsets_at)
+    directory += struct.pack("<HHII", 279, 4, count, offsets_at + 4 * count)
+    lists = struct.pack("<I", 8) * count + struct.pack("<I", WIDTH) * count
+    return b"II*\0" + struct.pack("<I", offsets_at + len(lists)) + bytes(WIDTH) + lists + directory + bytes(4)
+
+
 def jpeg_of_many_scans(scans: int) -> bytes:
     """A progressive JPEG whose last scan is repeated."""
     data = KINDS["jpeg_progressive"].make()

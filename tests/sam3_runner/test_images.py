@@ -175,7 +175,7 @@ class TestBroken:
         if kind == "jpeg_with_a_video_behind_it":
             whole = whole[: whole.index(b"ftyp") - 4]
         if kind == "jpeg_multi_picture":  # its second picture is nothing to us
-            layout = read_layout(whole, max_segments=1000)
+            layout = read_layout(whole, max_parts=1000)
             assert layout.end is not None
             whole = whole[: layout.end + 2]
         data = whole[: int(len(whole) * share)]
@@ -372,6 +372,8 @@ class TestLimits:
         ("kind", "at", "part"),
         [
             pytest.param("jpeg", 2, b"\xff\xe1\0\2", id="jpeg"),
+            pytest.param("jpeg", 2, b"\xff", id="jpeg, padded"),
+            pytest.param("jpeg", 2, b"\xff\0", id="jpeg, with junk"),
             pytest.param("png", 33, made_images.png_chunk(b"juNk", b""), id="png"),
         ],
     )
@@ -384,6 +386,13 @@ class TestLimits:
         for read in (probe_image, open_image):
             with pytest.raises(UndecodableImage, match="in more than 50,000 pieces"):
                 read(too_many)
+
+    def test_a_tiff_in_millions_of_strips_is_refused_before_pillow_reads_them_one_by_one(self) -> None:
+        assert open_image(made_images.tiff_of_strips(HEIGHT)).shape == (HEIGHT, WIDTH, 3)
+        data = made_images.tiff_of_strips(3_000_000)
+        for read in (probe_image, open_image):
+            with pytest.raises(UndecodableImage, match="in more than 50,000 pieces"):
+                read(data)
 
 
 class TestState:

@@ -102,7 +102,9 @@ class Postgres:
             "-c fsync=off -c full_page_writes=off -c shared_buffers=32MB "
             "-c max_connections=60 -c wal_level=logical"
         )
-        self._pg_ctl("start", "-w", "-t", "30", "-l", str(self.data_dir.parent / "server.log"), "-o", options)
+        self._pg_ctl(
+            "start", "-w", "-t", "100", "-l", str(self.data_dir.parent / "server.log"), "-o", options
+        )
 
     def _pg_ctl(self, verb: str, *arguments: str, check: bool = True) -> None:
         command = [str(self.bin_dir / "pg_ctl"), "-D", str(self.data_dir), *arguments, verb]
@@ -196,7 +198,7 @@ def _run_as(user: str | None, command: Sequence[str], *, cwd: Path, check: bool 
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            timeout=60,
+            timeout=120,
             check=False,
             user=None if entry is None else entry.pw_uid,
             group=None if entry is None else entry.pw_gid,

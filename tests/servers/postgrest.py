@@ -176,7 +176,7 @@ def running_postgrest(dsn: str) -> Iterator[PostgrestStandIn]:
     thread = threading.Thread(target=server.run, name="postgrest-stand-in", daemon=True)
     thread.start()
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not server.started:
             if time.monotonic() > deadline or not thread.is_alive():
                 raise TimeoutError("the PostgREST stand-in did not start")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -76,7 +77,7 @@ def test_several_processes_share_one_file_and_one_of_them_wins_a_task(tmp_path: 
     for worker in workers:
         assert worker.stdout is not None
         assert worker.stdout.readline() == "ready\n"
-    outputs = [worker.communicate("go\n", timeout=60) for worker in workers]
+    outputs = [worker.communicate("go\n", timeout=120) for worker in workers]
     assert [worker.returncode for worker in workers] == [0] * 3, outputs
     assert sorted(out.strip() for out, _ in outputs) == ["lost", "lost", "won"]
     with sqlite3.connect(path) as connection:
@@ -99,7 +100,7 @@ def test_a_process_killed_inside_a_transaction_leaves_the_rows_usable(tmp_path: 
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "store._thread.submit(die).result()\n"
     )
-    finished = subprocess.run([sys.executable, "-c", killed, str(path)], cwd=ROOT, timeout=60, check=False)
+    finished = subprocess.run([sys.executable, "-c", killed, str(path)], cwd=ROOT, timeout=120, check=False)
     assert finished.returncode == -signal.SIGKILL
 
     async def look() -> None:
@@ -125,6 +126,30 @@ async def test_a_lock_that_is_never_let_go_is_a_timeout(tmp_path: Path) -> None:
     other.execute("rollback")
     other.close()
     await store.fail(inputs(), "X", "y")
+    await store.aclose()
+
+
+async def test_a_disk_that_is_full_fails_the_call_and_the_next_one_works_once_there_is_room(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "tasks.sqlite3"
+    store = LocalTasks(path)
+    await store.start(inputs())
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    log_bytes = (tmp_path / "tasks.sqlite3-wal").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (log_bytes + 1000, limits[1]))
+    try:
+        with pytest.raises(TaskStoreUnavailable) as caught:
+            await store.finish(inputs(), TaskResult("mask", ("cat",), {"long": "x" * 100_000}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert str(tmp_path) not in str(caught.value)
+    row = await store.get("task-1")
+    assert row is not None
+    assert row.status == "processing"
+    await store.finish(inputs(), TaskResult("mask", ("cat",), {}))
     await store.aclose()
 
 

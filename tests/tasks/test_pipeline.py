@@ -40,7 +40,15 @@ from tests.servers.postgrest import PostgrestStandIn, insert_task, running_postg
 from tests.servers.s3 import S3Server, s3_server
 from tests.tasks.colour_runner import ColourRunner, failed
 
-FAST = RetryPolicy(attempts=2, deadline_s=8, backoff_base_s=0.01, backoff_cap_s=0.02)
+# Tries follow quickly; what waits for a server waits as long as a busy machine may need.
+FAST = RetryPolicy(
+    attempts=2,
+    deadline_s=40,
+    connect_timeout_s=15,
+    read_timeout_s=15,
+    backoff_base_s=0.01,
+    backoff_cap_s=0.02,
+)
 PUBLIC_URL = "https://images.example.com"
 SIZE_HW = (120, 200)
 RED_BOX = (20, 10, 80, 60)  # x0, y0, x1, y1
@@ -111,6 +119,7 @@ class World:
             "limits": ImageLimits(),
             "code_of": code_of,
             "codec_pool": self.pool,
+            "fail_deadline_s": 30.0,
         }
         return Pipeline(**(parts | changes))
 
@@ -151,8 +160,8 @@ def r2_store(s3: S3Server) -> Iterator[R2Store]:
         s3.access_key_id,
         s3.secret_access_key,
         public_url=PUBLIC_URL,
-        connect_timeout_s=2,
-        deadline_s=8,
+        connect_timeout_s=15,
+        deadline_s=40,
         max_attempts=2,
     )
     yield store
@@ -393,7 +402,7 @@ async def test_the_row_is_claimed_while_the_image_is_downloaded(embedded: World)
     both_under_way = asyncio.Barrier(2)
 
     async def meet() -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await both_under_way.wait()
 
     pipeline = embedded.with_parts(
@@ -406,7 +415,7 @@ async def test_masks_are_uploaded_side_by_side(embedded: World) -> None:
     all_under_way = asyncio.Barrier(4)
 
     async def meet() -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await all_under_way.wait()
 
     pipeline = embedded.with_parts(store=_Watched(embedded.store, put=meet))
@@ -450,7 +459,7 @@ async def assert_fails(
 
 async def until_not_processing(world: World, job: Job) -> TaskRow:
     """The row, once the background has written it."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while (row := await world.row(job)).status == "processing":
             await asyncio.sleep(0.05)
     assert row.status == "error"
@@ -703,16 +712,16 @@ async def test_an_error_row_that_takes_forever_holds_nobody_up(
     world: World, stand_in: PostgrestStandIn
 ) -> None:
     async def spoil() -> None:
-        stand_in.faults.delay(1, 3)
+        stand_in.faults.delay(1, 30)
         raise ConnectionError("the first error")
 
     world.runner.before = spoil
     job = world.job()
-    pipeline = world.with_parts(fail_deadline_s=0.2)
+    pipeline = world.with_parts(fail_deadline_s=0.5)
     began = asyncio.get_running_loop().time()
     with pytest.raises(ConnectionError):
         await pipeline.run(job)
-    assert asyncio.get_running_loop().time() - began < 3
+    assert asyncio.get_running_loop().time() - began < 20
     await until_not_processing(world, job)
     await pipeline.aclose()
 
@@ -724,7 +733,7 @@ async def test_after_its_patience_is_over_an_error_row_is_given_up_and_reported(
     pipeline = world.with_parts(fail_patience_s=0.0)
     with pytest.raises(TaskStoreUnavailable):
         await pipeline.run(world.job())
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while "the error row could not be written" not in [record.message for record in caplog.records]:
             await asyncio.sleep(0.02)
     await pipeline.aclose()
@@ -782,7 +791,7 @@ async def test_a_job_that_is_cancelled_leaves_an_error_row(any_world: World, sta
         store = _Watched(store, **{{"download": "get", "upload": "put"}[stage]: stop_here})
     job = any_world.job()
     running = asyncio.create_task(any_world.with_parts(store=store).run(job))
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         await reached.wait()
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -796,10 +805,10 @@ async def test_a_job_that_is_cancelled_leaves_an_error_row(any_world: World, sta
 async def test_a_claim_under_way_when_the_job_is_cancelled_does_not_overtake_the_error(
     world: World, stand_in: PostgrestStandIn
 ) -> None:
-    stand_in.faults.delay(1, 1.0, method="PATCH")
+    stand_in.faults.delay(1, 2.0, method="PATCH")
     job = world.job()
     running = asyncio.create_task(world.pipeline.run(job))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not stand_in.seen:
             await asyncio.sleep(0.01)
         running.cancel()
@@ -812,7 +821,7 @@ async def test_a_claim_under_way_when_the_job_is_cancelled_does_not_overtake_the
 async def test_a_failed_download_waits_for_the_claim_so_that_the_error_comes_last(
     world: World, stand_in: PostgrestStandIn
 ) -> None:
-    stand_in.faults.delay(1, 1.0, method="PATCH")
+    stand_in.faults.delay(1, 0.5, method="PATCH")
     await assert_fails(world, ObjectNotFound, world.job(image_url="uploads/missing.png"))
 
 
@@ -821,12 +830,12 @@ async def test_a_job_cancelled_while_its_row_is_finished_is_done(
 ) -> None:
     async def slow_from_now_on() -> None:
         stand_in.reset()
-        stand_in.faults.delay(1, 1.0, method="PATCH")
+        stand_in.faults.delay(1, 2.0, method="PATCH")
 
     world.runner.before = slow_from_now_on
     job = world.job()
     running = asyncio.create_task(world.pipeline.run(job))
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not (world.runner.calls and stand_in.seen):  # all that is left is the row
             await asyncio.sleep(0.01)
         running.cancel()
@@ -849,7 +858,7 @@ async def test_a_job_cancelled_twice_still_leaves_an_error_row(
     world.runner.before = stop_here
     job = world.job()
     running = asyncio.create_task(world.pipeline.run(job))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await reached.wait()
         running.cancel()
         while not stand_in.seen:  # the error row is being written

@@ -27,7 +27,15 @@ from tasks.supabase import (
 from tests.servers.postgres import Postgres, free_port, running_postgres
 from tests.servers.postgrest import PostgrestStandIn, insert_task, make_jwt, read_task, running_postgrest
 
-FAST = RetryPolicy(attempts=3, deadline_s=10, read_timeout_s=5, backoff_base_s=0.01, backoff_cap_s=0.05)
+# Tries follow quickly; what waits for a server waits as long as a busy machine may need.
+FAST = RetryPolicy(
+    attempts=3,
+    deadline_s=40,
+    connect_timeout_s=15,
+    read_timeout_s=15,
+    backoff_base_s=0.01,
+    backoff_cap_s=0.05,
+)
 RESULT = TaskResult("https://masks.example/1.png", ("cat",), {"confidence": 0.5})
 
 
@@ -230,33 +238,37 @@ async def test_nobody_listening_is_unavailable(task: TaskInputs) -> None:
 
 
 async def test_a_slow_answer_is_a_timeout(stand_in: PostgrestStandIn, task: TaskInputs) -> None:
-    policy = RetryPolicy(attempts=2, deadline_s=10, read_timeout_s=0.3, backoff_base_s=0.01)
+    policy = RetryPolicy(
+        attempts=2, deadline_s=40, connect_timeout_s=15, read_timeout_s=0.5, backoff_base_s=0.01
+    )
     async with aclosing(SupabaseTasks(stand_in.url, stand_in.secret_key, retry=policy)) as store:
-        stand_in.faults.delay(2, 1.0)
+        stand_in.faults.delay(2, 10.0)
         with pytest.raises(TaskStoreTimeout):
             await store.start(task)
-        assert len(stand_in.seen) == 2
+        async with asyncio.timeout(20):
+            while len(stand_in.seen) < 2:
+                await asyncio.sleep(0.01)
 
 
 async def test_all_tries_together_end_at_the_deadline(stand_in: PostgrestStandIn, task: TaskInputs) -> None:
     policy = RetryPolicy(attempts=100, deadline_s=0.5, read_timeout_s=30, backoff_base_s=0.01)
     async with aclosing(SupabaseTasks(stand_in.url, stand_in.secret_key, retry=policy)) as store:
-        stand_in.faults.delay(1, 2.0)
+        stand_in.faults.delay(1, 20.0)
         began = time.monotonic()
         with pytest.raises(TaskStoreTimeout, match=r"within 0\.5 s"):
             await store.start(task)
-        assert time.monotonic() - began < 1.9
+        assert time.monotonic() - began < 15
 
 
 async def test_a_cancelled_call_is_cancelled_at_once(
     stand_in: PostgrestStandIn, store: SupabaseTasks, task: TaskInputs
 ) -> None:
-    stand_in.faults.fail(1, status=503, headers={"Retry-After": "5"})
+    stand_in.faults.fail(1, status=503, headers={"Retry-After": "30"})
     began = time.monotonic()
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.5):
             await store.start(task)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 20
 
 
 # Replies
