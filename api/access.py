@@ -34,7 +34,7 @@ class KeyCheck:
             client_host: The peer's address.
 
         Raises:
-            Unauthorized: the same words whether the key was missing or wrong by one letter.
+            Unauthorized: the same words however much of the key was right.
         """
         if self._key is None:
             if _is_loopback(client_host):

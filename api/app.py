@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 from starlette.applications import Starlette
@@ -25,15 +25,17 @@ from api.limits import MAX_JSON_BYTES, read_body
 from api.openapi import openapi_document
 from api.requests import RECORD, RequestRecord
 from api.routes import ROUTES, RouteSpec
-from api.schemas import MAX_PROMPTS, BatchRequest, PredictRequest, RequestT, parse_request
+from api.schemas import BatchRequest, PredictRequest, RequestT, parse_request
 from sam3_runner import rle
-from sam3_runner.errors import ImageTooLarge, InvalidPrompt
-from sam3_runner.images import probe_image
-from sam3_runner.text import PromptChecker
+from sam3_runner.errors import ImageError, ImageTooLarge, InvalidPrompt
+from sam3_runner.images import ImageHeader, ImageLimits, probe_image
+from sam3_runner.text import MAX_PROMPTS, PromptChecker
 from sam3_runner.types import ModelInfo, Segmentation, TextPrompt
 from storage import ObjectNotFound
 from storage.keys import validate_key
 from tasks.pipeline import Job, JobOutcome, PromptOutcome
+
+T = TypeVar("T")
 
 _UPLOAD_KEY = re.compile(r"uploads(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)+\Z")
 _MAX_UPLOAD_KEY_CHARS = 255
@@ -190,9 +192,9 @@ async def _run(backend: Backend, record: RequestRecord, asked: PredictRequest | 
     return outcome
 
 
-async def _in_pool(backend: Backend, make: Callable[..., Response], *arguments: Any) -> Response:
-    """Run-length strings of many large masks take milliseconds each: not on the event loop."""
-    return await asyncio.get_running_loop().run_in_executor(backend.codec_pool, make, *arguments)
+async def _in_pool(backend: Backend, call: Callable[..., T], *arguments: Any) -> T:
+    """What takes milliseconds of CPU, such as run-length strings of large masks: not on the event loop."""
+    return await asyncio.get_running_loop().run_in_executor(backend.codec_pool, call, *arguments)
 
 
 def _predict_json(asked: PredictRequest, outcome: JobOutcome, record: RequestRecord) -> Response:
@@ -250,7 +252,8 @@ async def _get_file(request: Request, backend: Backend, record: RequestRecord) -
         data = await backend.store.get(key, backend.limits.max_bytes)
     except ObjectNotFound as error:
         raise RouteNotFound(f"There is no file {key!r}.") from error
-    return Response(data, media_type=_media_type(data), headers={"x-content-type-options": "nosniff"})
+    media_type = await _in_pool(backend, _media_type_of_file, data, backend.limits)
+    return Response(data, media_type=media_type, headers={"x-content-type-options": "nosniff"})
 
 
 async def _put_file(request: Request, backend: Backend, record: RequestRecord) -> Response:
@@ -267,32 +270,20 @@ async def _put_file(request: Request, backend: Backend, record: RequestRecord) -
         data = await read_body(
             request, max_bytes, ImageTooLarge(f"The file is larger than {max_bytes} bytes.")
         )
-        header = await asyncio.get_running_loop().run_in_executor(
-            backend.codec_pool, probe_image, data, backend.limits
-        )
-        await backend.store.put(key, data, f"image/{header.format.lower()}")
+        header = await _in_pool(backend, probe_image, data, backend.limits)
+        await backend.store.put(key, data, _media_type(header))
     return _json({"url": backend.store.public_url(key), "key": key})
 
 
-# Of the kinds that come back: masks are PNG, uploads are what `probe_image` takes.
-_MAGIC: tuple[tuple[bytes, int, str], ...] = (
-    (b"\x89PNG", 0, "image/png"),
-    (b"\xff\xd8\xff", 0, "image/jpeg"),
-    (b"WEBP", 8, "image/webp"),
-    (b"GIF8", 0, "image/gif"),
-    (b"BM", 0, "image/bmp"),
-    (b"II*\0", 0, "image/tiff"),
-    (b"MM\0*", 0, "image/tiff"),
-    (b"ftypavif", 4, "image/avif"),
-    (b"ftyp", 4, "image/heic"),
-)
+def _media_type(header: ImageHeader) -> str:
+    return f"image/{header.format.partition('/')[0].lower()}"  # "HEIC/HEIF" is image/heic
 
 
-def _media_type(data: bytes) -> str:
-    for magic, offset, media_type in _MAGIC:
-        if data.startswith(magic, offset):
-            return media_type
-    return "application/octet-stream"
+def _media_type_of_file(data: bytes, limits: ImageLimits) -> str:
+    try:
+        return _media_type(probe_image(data, limits))
+    except ImageError:  # put there past us
+        return "application/octet-stream"
 
 
 _HANDLERS: dict[str, Handler] = {

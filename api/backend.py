@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from api.access import KeyCheck
 from api.config import ConfigurationError, Settings
 from api.errors import code_of
+from api.lifecycle import shared_file
 from api.limits import InFlight
 from api.metrics import RequestMetrics
 from api.readiness import RunnerWatch, WatchedRunner
@@ -94,7 +95,7 @@ def make_backend(settings: Settings, runner_url: str, own_url: str) -> Backend:
         settings=settings,
         key_check=KeyCheck(_value(settings, "api_secret_key")),
         metrics=RequestMetrics(),
-        in_flight=InFlight(settings.max_in_flight),
+        in_flight=InFlight(settings.max_in_flight, shared_file("in-flight")),
         limits=limits,
         codec_pool=pool,
         prompts=PromptChecker.from_checkpoint(settings.weights_path),

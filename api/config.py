@@ -14,10 +14,11 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from sam3_runner.checkpoint import DEMO_CHECKPOINT
+
 LOOPBACK = "127.0.0.1"
 ALL_INTERFACES = "0.0.0.0"
 DEFAULT_PORT = 8000
-DEMO_WEIGHTS = Path("weights/demo")
 
 _R2_REQUIRED = ("r2_endpoint", "r2_access_key_id", "r2_secret_access_key")
 _SUPABASE_REQUIRED = ("supabase_url", "supabase_service_key")
@@ -129,9 +130,7 @@ class Settings(BaseSettings):
     @property
     def weights_path(self) -> Path:
         """What the runner loads: the demo checkpoint beside the code unless something else is set."""
-        if self.sam3_weights_path is not None:
-            return self.sam3_weights_path
-        return Path(__file__).resolve().parent.parent / DEMO_WEIGHTS
+        return DEMO_CHECKPOINT if self.sam3_weights_path is None else self.sam3_weights_path
 
     @property
     def default_host(self) -> str:
@@ -152,7 +151,7 @@ class Settings(BaseSettings):
                 "mount the weights at that path, or unset it to use the demo checkpoint."
             )
         raise ConfigurationError(
-            f"SAM3_WEIGHTS_PATH is not set and the demo checkpoint is missing from {DEMO_WEIGHTS}: "
+            "SAM3_WEIGHTS_PATH is not set and the demo checkpoint is missing from weights/demo: "
             "restore that directory from the repository, or set the variable."
         )
 

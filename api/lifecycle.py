@@ -68,6 +68,12 @@ def count_as_caller() -> None:
         fcntl.flock(os.open(directory / "callers", os.O_RDONLY | os.O_CLOEXEC), fcntl.LOCK_SH)
 
 
+def shared_file(name: str) -> Path | None:
+    """In any of the processes: a path that is the same for all of them; None where nobody supervises."""
+    directory = _directory()
+    return None if directory is None else directory / name
+
+
 def outlive_callers(deadline_s: float) -> None:
     """In the runner, on its event loop: let SIGTERM wait until no web worker is left.
 

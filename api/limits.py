@@ -1,10 +1,13 @@
-"""Bounds on what one worker takes in: bytes of a body, and requests at once."""
+"""Bounds on what is taken in: bytes of a body, and requests at once."""
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -46,28 +49,47 @@ async def read_body(
 
 
 class InFlight:
-    """Counts the requests being worked on, and refuses more than `limit`.
+    """Counts the requests being worked on, over all web workers, and refuses more than `limit`.
 
-    One worker's asyncio loop is the only user, so a plain integer is enough.
+    A place is a lock on one byte of a file that the workers share: the kernel keeps the count and, when a worker
+    dies, gives its places back.
+
+    Args:
+        limit: Requests at once.
+        shared: The file; None where there is one process only.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, shared: Path | None = None) -> None:
         self._limit = limit
-        self._count = 0
+        # Never closed: closing any handle of a file gives up all locks that the process has on it.
+        self._file = (
+            os.memfd_create("in-flight") if shared is None else os.open(shared, os.O_RDWR | os.O_CREAT, 0o600)
+        )
+        self._held: set[int] = set()  # by this process, which may take its own locks again
 
     @contextmanager
     def slot(self) -> Iterator[None]:
-        """Hold one of the slots.
+        """Hold one of the places.
 
         Raises:
             Overloaded: all are taken.
         """
-        if self._count >= self._limit:
+        place = self._take()
+        if place is None:
             raise Overloaded(
                 f"{self._limit} requests are in flight here already. Wait as long as Retry-After says."
             )
-        self._count += 1
         try:
             yield
         finally:
-            self._count -= 1
+            self._held.discard(place)
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, place)
+
+    def _take(self) -> int | None:
+        for place in range(self._limit):
+            if place not in self._held:
+                with suppress(BlockingIOError):  # another worker has it
+                    fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+                    self._held.add(place)
+                    return place
+        return None

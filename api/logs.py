@@ -14,6 +14,8 @@ from api.requests import RequestRecord, current_request
 LOGGERS = ("api", "service", "tasks", "storage", "sam3_runner")
 _MASK = "***"
 _SHORTEST_SECRET = 6  # anything shorter would blank out ordinary words
+# What `logging` itself puts on a record; everything else on it was passed as `extra`.
+_OWN_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({})))
 
 
 class JsonFormatter(logging.Formatter):
@@ -42,7 +44,7 @@ class JsonFormatter(logging.Formatter):
             line["request_id"] = request.request_id
             if request.task_id is not None:
                 line["task_id"] = request.task_id
-        line |= getattr(record, "fields", {})
+        line |= {name: value for name, value in vars(record).items() if name not in _OWN_ATTRIBUTES}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         text = json.dumps(line, default=str, ensure_ascii=True)
@@ -76,4 +78,4 @@ def log_request(logger: logging.Logger, request: RequestRecord) -> None:
     level = logging.INFO
     if request.status >= 429:
         level = logging.ERROR if request.status == 500 else logging.WARNING
-    logger.log(level, "request", extra={"fields": fields | request.fields})
+    logger.log(level, "request", extra=fields | request.fields)

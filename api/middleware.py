@@ -70,6 +70,8 @@ class EnvelopeMiddleware:
         try:
             await self._inner(scope, receive, _Reply(scope, request, send))
         finally:
+            if not request.status:
+                request.outcome = "CANCELLED"  # by the server, before anything was sent
             self._state.backend.metrics.observe(request)
             if scope["path"] not in QUIET_PATHS or request.status == 500:
                 log_request(logger, request)
@@ -89,6 +91,7 @@ class EnvelopeMiddleware:
             answer = answer_of(error)
             _log_cause(error, answer)
             if request.status:
+                request.outcome = answer.code
                 raise  # half of a response is out: all that is left is to cut the connection
             await send_error(answer, request, send)
 

@@ -120,7 +120,7 @@ ROUTES: tuple[RouteSpec, ...] = (
         "get_file",
         "Read an upload or a mask (local mode only)",
         needs_key=True,
-        errors=(*_GUARDED, "NOT_FOUND", "VALIDATION_FAILED", *_STORAGE),
+        errors=(*_GUARDED, "NOT_FOUND", "IMAGE_TOO_LARGE", "VALIDATION_FAILED", *_STORAGE),
         response_types=("image/*",),
         is_local_only=True,
     ),

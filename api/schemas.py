@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from api.errors import InvalidRequest
+from sam3_runner.text import MAX_PROMPTS
 
-MAX_PROMPTS = 32
 DEFAULT_SCORE_THRESHOLD = 0.5
 
 # C0, C1 controls and DEL: Postgres cannot store NUL, and no prompt or URL has a use for the others.

@@ -16,10 +16,7 @@ if TYPE_CHECKING:
     from transformers import Sam3Model
 
 DEMO_CHECKPOINT = Path(__file__).parent.parent / "weights" / "demo"
-MODEL_TYPES = (
-    "sam3",
-    "sam3_video",
-)  # image layout, and the video layout that holds the detector among others
+MODEL_TYPES = ("sam3", "sam3_video")  # the image layout, and the video layout, which holds the detector too
 NAMED_TENSORS = 10  # how many an error names; a wrong checkpoint has hundreds
 
 

@@ -6,7 +6,10 @@ import asyncio
 import io
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,17 +18,18 @@ import pytest
 from starlette.applications import Starlette
 from starlette.datastructures import State
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from api.access import KeyCheck
-from api.errors import BodyTooLarge
+from api.errors import BodyTooLarge, Overloaded
 from api.limits import InFlight, read_body
 from api.logs import JsonFormatter, configure_logs
 from api.metrics import RequestMetrics
 from api.middleware import EnvelopeMiddleware
 from api.requests import current_request
 from storage.errors import StorageUnavailable
+from tests.conftest import ROOT
 
 KEY = "a-secret-of-16-chars"
 
@@ -43,6 +47,10 @@ async def raises_domain_error(request: Request) -> Response:
     raise StorageUnavailable("inside")
 
 
+async def is_cancelled(request: Request) -> Response:
+    raise asyncio.CancelledError
+
+
 async def writes_its_own_error(request: Request) -> Response:
     return PlainTextResponse(
         "overloaded, says someone else", 503, headers={"Retry-After": "7", "Server": "secret"}
@@ -54,20 +62,27 @@ async def breaks_off(request: Request) -> Response:
         yield b"half"
         raise KeyError("in the middle")
 
-    return Response(b"".join([chunk async for chunk in body()]))
+    return StreamingResponse(body())
 
 
 async def reads(request: Request) -> Response:
-    body = await read_body(request, 10, BodyTooLarge("more than 10"), timeout_s=0.2)
+    body = await read_body(request, 10, BodyTooLarge("more than 10"))
     return JSONResponse({"bytes": len(body)})
+
+
+async def reads_briefly(request: Request) -> Response:
+    return Response(await read_body(request, 10, BodyTooLarge("more than 10"), timeout_s=0.2))
 
 
 ROUTES = [
     Route("/fine", fine),
     Route("/bug", raises_bug),
     Route("/domain", raises_domain_error),
+    Route("/cancelled", is_cancelled),
+    Route("/breaks-off", breaks_off),
     Route("/foreign", writes_its_own_error),
     Route("/read", reads, methods=["POST"]),
+    Route("/read-briefly", reads_briefly, methods=["POST"]),
     Route("/api/v1/fine", fine),
 ]
 
@@ -183,6 +198,28 @@ async def test_every_log_line_of_a_request_has_its_id_and_no_secret(lines: Any) 
     assert current_request.get() is None
 
 
+async def test_a_request_that_got_no_answer_is_not_logged_as_ok(lines: Any) -> None:
+    async with client_of() as client:
+        with pytest.raises(asyncio.CancelledError):
+            await client.get("/cancelled")
+    (line,) = lines()
+    assert (line["status"], line["outcome"]) == (0, "CANCELLED")
+
+
+async def test_an_answer_that_breaks_off_is_cut_and_logged_as_what_it_is(lines: Any) -> None:
+    async with client_of() as client:
+        with pytest.raises(KeyError):
+            await client.get("/breaks-off")
+    assert (lines()[-1]["status"], lines()[-1]["outcome"]) == (200, "INTERNAL_ERROR")
+
+
+def test_a_log_line_tells_everything_that_it_was_given(lines: Any) -> None:
+    logging.getLogger("tasks").error("no row", extra={"task_id": "t-1", "code": "TIMED_OUT", "attempt": 2})
+    (line,) = lines()
+    assert line.keys() == {"time", "level", "logger", "message", "task_id", "code", "attempt"}
+    assert (line["task_id"], line["code"], line["attempt"]) == ("t-1", "TIMED_OUT", 2)
+
+
 async def test_probes_are_counted_but_not_logged(lines: Any) -> None:
     async with client_of() as client:
         await client.get("/readyz")
@@ -234,16 +271,14 @@ async def test_a_body_is_limited_whether_or_not_it_says_how_long_it_is() -> None
 async def test_a_body_that_stops_arriving_is_given_up() -> None:
     async def stalls() -> AsyncIterator[bytes]:
         yield b"x"
-        await asyncio.sleep(5)
+        await asyncio.Event().wait()
 
     async with client_of() as client:
-        response = await client.post("/read", content=stalls())
+        response = await client.post("/read-briefly", content=stalls())
     assert (response.status_code, response.json()["error"]["code"]) == (400, "BODY_INCOMPLETE")
 
 
 def test_slots_are_given_back_whatever_happens() -> None:
-    from api.errors import Overloaded
-
     in_flight = InFlight(1)
 
     def fails_and_finds_no_second_slot() -> None:
@@ -255,6 +290,31 @@ def test_slots_are_given_back_whatever_happens() -> None:
     for _ in range(2):
         with pytest.raises(KeyError):
             fails_and_finds_no_second_slot()
+
+
+HOLDS_A_PLACE = """
+import sys
+from pathlib import Path
+from api.limits import InFlight
+
+with InFlight(2, Path(sys.argv[1])).slot():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_slots_are_counted_over_all_workers_and_come_back_when_one_dies(tmp_path: Path) -> None:
+    shared = tmp_path / "in-flight"
+    in_flight = InFlight(2, shared)
+    command = [sys.executable, "-c", HOLDS_A_PLACE, str(shared)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        with in_flight.slot(), pytest.raises(Overloaded), in_flight.slot():
+            pass
+        other.kill()
+        other.wait()
+        with in_flight.slot(), in_flight.slot(), pytest.raises(Overloaded), in_flight.slot():
+            pass
 
 
 async def test_requests_are_counted_by_route_and_never_by_what_callers_invent() -> None:

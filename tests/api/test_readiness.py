@@ -28,7 +28,7 @@ class Runner:
 
 
 async def until_ready(watch: RunnerWatch) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while watch.model is None:
             await asyncio.sleep(0.01)
 
@@ -56,7 +56,7 @@ async def test_a_lost_call_makes_it_not_ready_at_once_and_ready_again_when_it_an
     with pytest.raises(ModelNotReady):
         watch.require()
     asked = runner.asked
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while runner.asked < asked + 2:
             await asyncio.sleep(0.01)
     assert watch.model is None

@@ -14,8 +14,11 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
+from api.openapi import openapi_document
+from api.routes import ROUTES
 from tests.api.contract import read_contract
 from tests.conftest import Served, wait_until
+from tests.sam3_runner.made_images import KINDS
 from tests.service.conftest import (
     BATCH,
     LOCAL_TIMEOUT_S,
@@ -126,6 +129,10 @@ def test_probes_metrics_and_documents_need_no_key(local: Served, path: str) -> N
     response = httpx.get(local.url + path, trust_env=False)
     assert response.status_code == 200
     assert response.headers["X-Request-ID"]
+
+
+def test_the_served_openapi_is_the_one_that_is_held_against_the_contract(local: Served) -> None:
+    assert local.client.get("/docs.json").json() == json.loads(json.dumps(openapi_document(ROUTES)))
 
 
 # ------------------------------------------------------------------------------------------ what goes wrong
@@ -294,12 +301,22 @@ def test_only_images_get_in_and_only_below_uploads(
     assert checked(local, response, "/files/{key}")["error"]["code"] == code
 
 
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "heic", "avif", "bmp", "tiff", "gif"])
+def test_every_kind_of_image_gets_in_and_keeps_its_type(local: Served, kind: str) -> None:
+    response = local.client.put(f"/files/uploads/{kind}", content=KINDS[kind].make())
+    assert response.status_code == 200, response.text
+    assert local.client.get(response.json()["url"]).headers["content-type"] == f"image/{kind}"
+
+
 def test_a_file_comes_back_as_it_was_put(
-    local: Served, local_image: str, picture: Picture, checked: Check
+    local: Served, local_image: str, picture: Picture, stored: dict[str, str], checked: Check
 ) -> None:
     response = local.client.get(local_image)
     assert response.content == picture.png
     assert response.headers["content-type"] == "image/png"
+    too_large = local.client.get(f"/files/{stored['long']}")
+    assert too_large.status_code == 413
+    assert checked(local, too_large, "/files/{key}")["error"]["code"] == "IMAGE_TOO_LARGE"
     missing = local.client.get("/files/uploads/never-put.png")
     assert checked(local, missing, "/files/{key}")["error"]["code"] == "NOT_FOUND"
     outside = local.client.get("/files/%2e%2e/tasks.sqlite3")
@@ -315,7 +332,7 @@ def test_more_than_it_can_take_is_turned_away_and_the_rest_is_done(
     bodies = [ask(local_image), ask(local_image)]
     with held(local.runner_pid()), posting(local, PREDICT, *bodies) as answers:
         wait_until(
-            lambda: all(is_processing(local, body["task_id"]) for body in bodies), 4, "both are under way"
+            lambda: all(is_processing(local, body["task_id"]) for body in bodies), 10, "both are under way"
         )
         refused = local.client.post(PREDICT, json=ask(local_image))
         assert refused.status_code == 429
@@ -335,11 +352,11 @@ def test_a_request_that_takes_too_long_is_given_up_and_the_next_one_works(
         response = local.client.post(PREDICT, json=body)
     assert response.status_code == 504
     assert checked(local, response, PREDICT)["error"]["code"] == "TIMED_OUT"
-    assert LOCAL_TIMEOUT_S - 1 < response.elapsed.total_seconds() < LOCAL_TIMEOUT_S + 5
+    assert LOCAL_TIMEOUT_S - 1 < response.elapsed.total_seconds() < LOCAL_TIMEOUT_S + 15
     row = row_of(local, body["task_id"])
     assert row is not None
     assert (row["status"], row["metadata"]["error"]["code"]) == ("error", "TIMED_OUT")
-    wait_until(lambda: local.client.post(PREDICT, json=body).is_success, 20, "the same request works")
+    wait_until(lambda: local.client.post(PREDICT, json=body).is_success, 60, "the same request works")
 
 
 def test_the_runner_dies_in_the_middle_and_the_next_request_works(
@@ -348,7 +365,7 @@ def test_the_runner_dies_in_the_middle_and_the_next_request_works(
     local.wait_ready()
     body, pid = ask(local_image), local.runner_pid()
     with held(pid), posting(local, PREDICT, body) as (answer,):
-        wait_until(lambda: is_processing(local, body["task_id"]), 4, "the request is under way")
+        wait_until(lambda: is_processing(local, body["task_id"]), 10, "the request is under way")
         os.kill(pid, signal.SIGKILL)
         response = answer.result()
     assert response.status_code == 503
@@ -379,7 +396,7 @@ def test_every_request_has_one_log_line_and_no_secret_is_in_any(local: Served, l
     body = ask(local_image)
     local.client.post(PREDICT, json=body, headers={"X-Request-ID": "find-me-1"})
     local.client.post(PREDICT, content=b"{", headers={"X-Request-ID": "find-me-2"})
-    wait_until(lambda: "find-me-2" in local.log(), 5, "the log line is written")
+    wait_until(lambda: "find-me-2" in local.log(), 30, "the log line is written")
     lines = [json.loads(line) for line in local.log().splitlines() if line.startswith("{")]
     (done,) = [
         line for line in lines if line.get("request_id") == "find-me-1" and line["message"] == "request"

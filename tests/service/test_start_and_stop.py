@@ -89,12 +89,12 @@ def test_requests_under_way_are_finished_before_it_stops(keyless: Served, pictur
     url = keyless.client.put("/files/uploads/a.png", content=picture.png).json()["url"]
     body, runner = ask(url), keyless.runner_pid()
     with posting(keyless, PREDICT, body) as (answer,), held(runner):
-        wait_until(lambda: is_processing(keyless, body["task_id"]), 10, "the request is under way")
+        wait_until(lambda: is_processing(keyless, body["task_id"]), 20, "the request is under way")
         keyless.process.terminate()
         wait_until(lambda: is_silent(keyless), 20, "it takes no more requests")
         os.kill(runner, signal.SIGCONT)
         assert answer.result().status_code == 200
-    assert keyless.process.wait(30) == 0
+    assert keyless.process.wait(60) == 0
 
 
 def test_no_process_outlives_a_supervisor_that_was_killed_while_they_loaded(
@@ -102,7 +102,7 @@ def test_no_process_outlives_a_supervisor_that_was_killed_while_they_loaded(
 ) -> None:
     service = served({}, ready=False)
     supervisor = psutil.Process(service.process.pid)
-    wait_until(lambda: len(supervisor.children()) == 2, 60, "both are started")
+    wait_until(lambda: len(supervisor.children()) == 2, 120, "both are started")
     workers = supervisor.children()
     service.process.kill()
     _, alive = psutil.wait_procs(workers, timeout=90)

@@ -19,7 +19,7 @@ def run(folder: Path, steps: int) -> Path:
     """Train up to `steps` in `folder`, one image and two prompts at a time; returns the weights' file."""
     fixed = ["--images", "1", "--prompts", "2", "--workers", "0", "--device", "cpu", "--save-every", "1"]
     paths = ["--out", str(folder / "out"), "--state", str(folder / "state.pt")]
-    train(parse_options([*fixed, *paths, "--steps", str(steps)]))
+    train(parse_options([*fixed, *paths, "--steps", str(steps), "--image-steps", str(steps)]))
     return folder / "out" / "model.safetensors"
 
 
