@@ -58,7 +58,8 @@ def test_the_demo_finds_the_three_red_circles_and_leaves_nothing_running(tmp_pat
     asked = [r["text_prompt"] for r in json.loads((tmp_path / "batch.json").read_text())["results"]]
     assert asked == ["red circle", "blue square", "green star", "yellow ring", "purple cross"]
     for name in ("overlay.png", "overlay-batch.png"):
-        assert Image.open(tmp_path / name).size == SIZE_HW[::-1]
+        with Image.open(tmp_path / name) as overlay:
+            assert overlay.size == SIZE_HW[::-1]
     assert '"status": "done"' in result.stdout
     assert not is_listening(port_in(result.stdout))
 

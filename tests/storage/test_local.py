@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -106,23 +107,26 @@ async def test_a_key_that_a_file_system_cannot_hold_is_invalid(store: LocalStore
     assert _files_below(root) == ["masks/1.png"]
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may grow beyond 1,000 bytes: a write fails in its middle, as on a disk that is full."""
+    """No file may grow beyond 1,000 bytes: a write fails in its middle, as on a disk that is full.
+
+    Not a fixture: pytest writes its own reports before a fixture ends.
+    """
     old_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     old_limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, old_limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, old_limits)
-    signal.signal(signal.SIGXFSZ, old_handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old_limits)
+        signal.signal(signal.SIGXFSZ, old_handler)
 
 
-async def test_a_put_that_fails_half_way_leaves_the_old_object_and_no_rubbish(
-    store: LocalStore, root: Path, full_disk: None
-):
+async def test_a_put_that_fails_half_way_leaves_the_old_object_and_no_rubbish(store: LocalStore, root: Path):
     await store.put("masks/1.png", b"old", "image/png")
 
-    with pytest.raises(StorageUnavailable) as caught:
+    with pytest.raises(StorageUnavailable) as caught, full_disk():
         await store.put("masks/1.png", b"n" * 5000, "image/png")
 
     assert str(root) not in str(caught.value)
