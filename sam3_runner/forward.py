@@ -58,9 +58,11 @@ class LayerOutputs:
         boxes_cxcywh: (L, B, N, 4) float32 in [0, 1] of the image's width and height.
         presence_logits: (L, B) float32.
         mask_embeddings: (L, B, N, C), to be multiplied with `pixel_embeddings`.
-        pixel_embeddings: (B, C, h, w). Mask logits of query n are the inner product over C.
-        semantic_logits: (B, h, w), "does this pixel belong to what the prompt names", or None if not asked for:
-            training learns from it, the runner has no use for it.
+        pixel_embeddings: (D, C, h, w), of all B pairs or of those drawn. Mask logits of query n are the inner
+            product over C.
+        semantic_logits: (D, h, w), "does this pixel belong to what the prompt names", or None if no pairs were
+            named to be drawn: training learns from it, the runner has no use for it.
+        drawn: (D,) the pairs that were drawn, or None for all.
     """
 
     logits: Tensor
@@ -69,6 +71,7 @@ class LayerOutputs:
     mask_embeddings: Tensor
     pixel_embeddings: Tensor
     semantic_logits: Tensor | None
+    drawn: Tensor | None
 
 
 def encode_image(model: Sam3Model, pixel_values: Tensor) -> ImageFeatures:
@@ -96,9 +99,16 @@ def encode_text(model: Sam3Model, input_ids: Tensor, attention_mask: Tensor) -> 
 
 
 def decode(
-    model: Sam3Model, image: ImageFeatures, text: TextFeatures, *, with_semantic: bool = False
+    model: Sam3Model, image: ImageFeatures, text: TextFeatures, *, drawn: Tensor | None = None
 ) -> LayerOutputs:
-    """Answer B (image, prompt) pairs: `image` and `text` hold B of each, pair b being row b of both."""
+    """Answer B (image, prompt) pairs: `image` and `text` hold B of each, pair b being row b of both.
+
+    Args:
+        model: All but its encoders is used.
+        image: B images.
+        text: B prompts.
+        drawn: (D,) for training: the pairs whose pixels are decoded, the semantic head's among them.
+    """
     finest_read = image.levels[-1]
     encoded = model.detr_encoder(
         vision_features=[finest_read],
@@ -119,7 +129,10 @@ def decode(
     logits = model.dot_product_scoring(
         decoder_hidden_states=queries, text_features=encoded.text_features, text_mask=text.is_token
     )
-    pixels = _decode_pixels(model, image, text, encoded.last_hidden_state)
+    hidden = encoded.last_hidden_state
+    if drawn is not None:
+        image, text, hidden = image.select(drawn), text.select(drawn), hidden[drawn]
+    pixels = _decode_pixels(model, image, text, hidden)
     head = model.mask_decoder
     return LayerOutputs(
         logits=logits.squeeze(-1).float(),
@@ -127,7 +140,8 @@ def decode(
         presence_logits=decoded.presence_logits.squeeze(-1).float(),
         mask_embeddings=head.mask_embedder(queries),
         pixel_embeddings=head.instance_projection(pixels),
-        semantic_logits=head.semantic_projection(pixels)[:, 0] if with_semantic else None,
+        semantic_logits=None if drawn is None else head.semantic_projection(pixels)[:, 0],
+        drawn=drawn,
     )
 
 

@@ -72,8 +72,11 @@ class Sample:
 class SceneDataset(Dataset[Sample]):
     """Endless scenes, indexed: `dataset[i]` depends on `seed` and `i` alone, so that training can resume anywhere."""
 
-    def __init__(self, seed: int, image_size_px: int, mask_size_px: int, prompts_per_image: int) -> None:
+    def __init__(
+        self, seed: int, image_size_px: int, mask_size_px: int, prompts_per_image: int, min_objects: int = 1
+    ) -> None:
         self._seed = seed
+        self._min_objects = min_objects
         self._image_size_px = image_size_px
         self._mask_size_px = mask_size_px
         self._prompts_per_image = prompts_per_image
@@ -81,7 +84,7 @@ class SceneDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         """Draw scene `index` and its prompts."""
         rng = np.random.default_rng([self._seed, index])
-        scene = draw_scene(rng)
+        scene = draw_scene(rng, min_objects=self._min_objects)
         prompts = [draw_any_prompt(rng, scene) for _ in range(self._prompts_per_image)]
         boxes, masks = _truth(scene, self._mask_size_px)
         targets = tuple(Target(boxes[list(p.matches)], masks[list(p.matches)]) for p in prompts)

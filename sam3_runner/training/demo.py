@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, multiprocessing, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import CLIPTokenizer, Sam3ImageProcessor, Sam3Model
@@ -34,14 +35,21 @@ from sam3_runner.training.architecture import (
 from sam3_runner.training.attention import use_plain_attention
 from sam3_runner.training.data import UNKNOWN_COLOURS, UNKNOWN_THINGS, Batch, Collate, SceneDataset
 from sam3_runner.training.guides import Guides, guide_losses, pixel_kind_loss
-from sam3_runner.training.losses import detection_loss
+from sam3_runner.training.losses import Target, detection_loss
+from sam3_runner.training.muon import Muon
 from sam3_runner.training.scenes import all_prompt_texts
 from sam3_runner.training.tokenizer import train_clip_tokenizer
 
 MASK_SIZE_PX = 8 * IMAGE_SIZE_PX // PATCH_SIZE_PX  # truth at twice the model's mask resolution
 EMA_DECAY = 0.998
 MAX_GRADIENT_NORM = 2.0
-WARM_UP_STEPS = 300
+MUON_RATE = 5e-3
+WEIGHT_DECAY = 0.02
+# Shares of the highest learning rates in the second phase; at the full rate the backbone forgets shapes.
+DETECTOR_RATE = 0.7
+TRAINED_BACKBONE_RATE = 0.2
+CROWD = 7  # objects tried in a scene of the first phase, at least: they are what there is to learn from
+WARM_UP_STEPS = 100
 DECAY_SHARE = (
     0.3  # the learning rate falls over the last part; before, it stays: so `--steps` can be raised late
 )
@@ -60,6 +68,7 @@ class TrainingOptions:
     learning_rate: float
     seed: int
     workers: int
+    processes: int
     device: torch.device
     save_every: int
 
@@ -72,15 +81,14 @@ class Trainer:
         self.options = options
         self.tokenizer = demo_tokenizer()
         self.model = build_demo_model(self.tokenizer).to(options.device).train()
-        if options.device.type == "cpu":
+        self.autocast = torch.autocast(
+            options.device.type, torch.bfloat16, enabled=has_fast_bfloat16(options.device)
+        )
+        if options.device.type == "cpu" and has_fast_bfloat16(options.device):
             use_plain_attention(self.model)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.guides = Guides(HIDDEN).to(options.device)
-        parameters = [*self.model.parameters(), *self.guides.parameters()]
-        decayed = [p for p in parameters if p.ndim > 1]
-        plain = [p for p in parameters if p.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": 0.02}, {"params": plain, "weight_decay": 0.0}]
-        self.optimiser = torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.98))
+        self.optimisers = build_optimisers(self.model, self.guides, options.learning_rate)
         self.image_step = 0  # of the first phase
         self.step = 0  # of the second
         if options.state.exists():
@@ -90,13 +98,11 @@ class Trainer:
         """One step of the first phase; the batch's prompts are not looked at."""
         options = self.options
         batch = batch.to(options.device)
-        with torch.autocast(options.device.type, torch.bfloat16):
+        with self.autocast:
             features = encode_coarse_level(self.model, batch.pixel_values)
             kinds = self.guides.kinds[-1](features)
         loss = pixel_kind_loss(kinds, batch.kinds)
-        norm = self._descend(
-            loss, learning_rate_at(self.image_step, options.image_steps, options.learning_rate)
-        )
+        norm = self._descend(loss, learning_rate_factor(self.image_step, options.image_steps))
         self.image_step += 1
         return {"norm": norm, "kinds": loss.item()}
 
@@ -104,26 +110,32 @@ class Trainer:
         """One step of the second phase: I images with P prompts each."""
         options = self.options
         batch = batch.to(options.device)
-        with torch.autocast(options.device.type, torch.bfloat16):
+        with self.autocast:
             image = encode_image(self.model, batch.pixel_values)
             text = encode_text(self.model, batch.input_ids, batch.attention_mask)
             kinds, matches = self.guides(image, text)
             prompts_per_image = len(batch.input_ids) // len(batch.pixel_values)
-            outputs = decode(self.model, image.repeat_each(prompts_per_image), text, with_semantic=True)
+            drawn = pairs_to_draw(batch.targets, prompts_per_image).to(options.device)
+            outputs = decode(self.model, image.repeat_each(prompts_per_image), text, drawn=drawn)
         terms = detection_loss(outputs, batch.targets) | guide_losses(kinds, matches, batch)
         loss = terms["total"] + terms["kinds"] + terms["match"]
-        norm = self._descend(loss, learning_rate_at(self.step, options.steps, options.learning_rate))
+        factor = learning_rate_factor(self.step, options.steps)
+        norm = self._descend(loss, DETECTOR_RATE * factor, TRAINED_BACKBONE_RATE * factor)
         self.step += 1
         return {"norm": norm, **{name: term.item() for name, term in terms.items()}}
 
-    def _descend(self, loss: Tensor, learning_rate: float) -> float:
-        """One optimiser step at this rate; returns the gradient's norm."""
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate
-        self.optimiser.zero_grad(set_to_none=True)
+    def _descend(self, loss: Tensor, factor: float, backbone_factor: float | None = None) -> float:
+        """One step at these fractions of the highest learning rates; returns the gradient's norm."""
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                is_special = group["is_backbone"] and backbone_factor is not None
+                group["lr"] = group["initial_lr"] * (backbone_factor if is_special else factor)
+            optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        average_gradients(self.optimisers)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT_NORM)
-        self.optimiser.step()
+        for optimiser in self.optimisers:
+            optimiser.step()
         self._update_average()
         return norm.item()
 
@@ -135,27 +147,90 @@ class Trainer:
         for averaged, current in zip(self.average.parameters(), self.model.parameters(), strict=True):
             averaged.lerp_(current, 1 - decay)
 
-    def save_state(self) -> None:
-        """Write everything that resuming needs; either whole or not at all."""
+    def save(self) -> None:
+        """Write everything that resuming needs, either whole or not at all, and the checkpoint so far."""
+        if _place_in_group()[0] > 0:
+            return
         state = {
             "image_step": self.image_step,
             "step": self.step,
             "model": self.model.state_dict(),
             "guides": self.guides.state_dict(),
             "average": self.average.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
         }
         partial = self.options.state.with_suffix(".partial")
         self.options.state.parent.mkdir(parents=True, exist_ok=True)
         torch.save(state, partial)
         os.replace(partial, self.options.state)
+        save_checkpoint(self.average, self.tokenizer, self.options.out)
 
     def _load(self, state: dict[str, Any]) -> None:
         self.image_step, self.step = state["image_step"], state["step"]
         self.model.load_state_dict(state["model"])
         self.guides.load_state_dict(state["guides"])
         self.average.load_state_dict(state["average"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is faster than float32; on a CPU without the instructions it is 30 times slower."""
+    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+
+
+def build_optimisers(model: Sam3Model, guides: Guides, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of all transformer layers, AdamW for all else; groups know whether they are the backbone's.
+
+    Each group keeps its highest rate as `initial_lr`.
+    """
+    backbone = {id(parameter) for parameter in model.vision_encoder.backbone.parameters()}
+    matrices = {id(p) for name, p in model.named_parameters() if "layers." in name and p.ndim == 2}
+    parameters = [*model.parameters(), *guides.parameters()]
+
+    def group(is_backbone: bool, is_matrix: bool, decays: bool) -> dict[str, Any]:
+        chosen = [
+            p
+            for p in parameters
+            if (id(p) in backbone, id(p) in matrices, p.ndim > 1) == (is_backbone, is_matrix, decays)
+        ]
+        return {"params": chosen, "is_backbone": is_backbone, "weight_decay": WEIGHT_DECAY if decays else 0.0}
+
+    optimisers = [
+        Muon([group(own, True, True) for own in (True, False)], lr=MUON_RATE),
+        torch.optim.AdamW(
+            [group(own, False, decays) for own in (True, False) for decays in (True, False)],
+            lr=learning_rate,
+            betas=(0.9, 0.98),
+        ),
+    ]
+    for optimiser in optimisers:
+        for made in optimiser.param_groups:
+            made["initial_lr"] = made["lr"]
+    return optimisers
+
+
+def average_gradients(optimisers: Sequence[torch.optim.Optimizer]) -> None:
+    """Give every process of the group the mean of their gradients; nothing to do for one alone."""
+    if not distributed.is_initialized():
+        return
+    groups = (group for optimiser in optimisers for group in optimiser.param_groups)
+    gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+    flat = nn.utils.parameters_to_vector(gradients)
+    distributed.all_reduce(flat)
+    nn.utils.vector_to_parameters(flat / distributed.get_world_size(), gradients)
+
+
+def pairs_to_draw(targets: Sequence[Target], prompts_per_image: int) -> Tensor:
+    """Of every image one pair that has something to draw, if any has: ascending indices into `targets`, at least one.
+
+    Masks at full resolution are half of what a training step costs, and those of one image teach much the same.
+    """
+    chosen = []
+    for start in range(0, len(targets), prompts_per_image):
+        pairs = range(start, start + prompts_per_image)
+        chosen += [pair for pair in pairs if len(targets[pair].masks)][:1]
+    return torch.tensor(chosen or [0])
 
 
 def encode_coarse_level(model: Sam3Model, pixel_values: Tensor) -> Tensor:
@@ -167,11 +242,11 @@ def encode_coarse_level(model: Sam3Model, pixel_values: Tensor) -> Tensor:
     return features
 
 
-def learning_rate_at(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up, a plateau, then a linear fall to 2 % of the peak over the last `DECAY_SHARE` of the steps."""
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Linear warm-up, a plateau at 1, then a linear fall to 0.02 over the last `DECAY_SHARE` of the steps."""
     warm_up = min(1.0, (step + 1) / WARM_UP_STEPS)
     decay = min(1.0, (steps - step) / (DECAY_SHARE * steps))
-    return peak * min(warm_up, max(decay, 0.02))
+    return min(warm_up, max(decay, 0.02))
 
 
 def demo_tokenizer() -> CLIPTokenizer:
@@ -194,15 +269,15 @@ def save_checkpoint(model: Sam3Model, tokenizer: CLIPTokenizer, out: Path) -> No
 def train(options: TrainingOptions) -> None:
     """Train from the last saved state, or from the start, to the end of both phases; save state and checkpoint."""
     trainer = Trainer(options)
-    # An image without prompts costs so little that four times as many fit into a step.
-    scenes = SceneDataset(options.seed + 1, IMAGE_SIZE_PX, MASK_SIZE_PX, prompts_per_image=1)
+    # An image without prompts costs so little that twice as many fit into a step.
+    grid = IMAGE_SIZE_PX // PATCH_SIZE_PX
+    scenes = SceneDataset(options.seed + 1, IMAGE_SIZE_PX, 2 * grid, prompts_per_image=1, min_objects=CROWD)
     steps = range(trainer.image_step, options.image_steps)
-    _run_phase("image encoder", trainer, trainer.train_image_encoder, scenes, 4 * options.images, steps)
+    _run_phase("image encoder", trainer, trainer.train_image_encoder, scenes, 2 * options.images, steps)
     questions = SceneDataset(options.seed, IMAGE_SIZE_PX, MASK_SIZE_PX, options.prompts)
     steps = range(trainer.step, options.steps)
     _run_phase("detector", trainer, trainer.train_detector, questions, options.images, steps)
-    trainer.save_state()
-    save_checkpoint(trainer.average, trainer.tokenizer, options.out)
+    trainer.save()
 
 
 def _run_phase(
@@ -215,25 +290,40 @@ def _run_phase(
 ) -> None:
     """Take `steps` steps of `images` images; save state and checkpoint now and then."""
     options = trainer.options
+    rank, processes = _place_in_group()
     loader = DataLoader(
         dataset,
-        batch_size=images,
-        sampler=range(steps.start * images, steps.stop * images),
+        batch_sampler=[range(step * images + rank, (step + 1) * images, processes) for step in steps],
         num_workers=options.workers,
         collate_fn=Collate(trainer.tokenizer),
         worker_init_fn=_one_thread,
         prefetch_factor=8 if options.workers else None,
     )
     smooth: dict[str, float] = {}
-    with tqdm(loader, name, steps.stop, initial=steps.start, unit="step", smoothing=0.02) as progress:
+    with tqdm(
+        loader, name, steps.stop, initial=steps.start, unit="step", smoothing=0.02, disable=rank > 0
+    ) as progress:
         for step, batch in zip(steps, progress, strict=True):
             for term, value in train_step(batch).items():
                 smooth[term] = 0.98 * smooth.get(term, value) + 0.02 * value
             if step % 20 == 19:
                 progress.set_postfix({term: f"{value:.3g}" for term, value in smooth.items()}, refresh=False)
             if step % options.save_every == options.save_every - 1:
-                trainer.save_state()
-                save_checkpoint(trainer.average, trainer.tokenizer, options.out)
+                trainer.save()
+
+
+def _place_in_group() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    if not distributed.is_initialized():
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def _train_in_group(rank: int, options: TrainingOptions, meeting_place: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", f"file://{meeting_place}", rank=rank, world_size=options.processes)
+    train(options)
+    distributed.destroy_process_group()
 
 
 def _one_thread(_worker: int) -> None:
@@ -249,17 +339,30 @@ def parse_options(arguments: list[str] | None = None) -> TrainingOptions:
     parser.add_argument(
         "--state", type=Path, default=Path("weights/demo-training.pt"), help="file to resume from"
     )
-    parser.add_argument("--image-steps", type=int, default=6000, help="steps of the first phase")
-    parser.add_argument("--steps", type=int, default=8000, help="steps of the second phase")
+    parser.add_argument("--image-steps", type=int, default=4000, help="steps of the first phase")
+    parser.add_argument("--steps", type=int, default=6000, help="steps of the second phase")
     parser.add_argument("--images", type=int, default=8, help="images in a step")
     parser.add_argument("--prompts", type=int, default=4, help="prompts for each image")
-    parser.add_argument("--learning-rate", type=float, default=8e-4)
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="highest, of AdamW")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes that draw scenes for each that trains"
+    )
+    parser.add_argument("--processes", type=int, default=1, help="processes that share every step, for a CPU")
     parser.add_argument("--save-every", type=int, default=250, help="steps between saved states")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=torch.device)
     return TrainingOptions(**vars(parser.parse_args(arguments)))
 
 
+def main() -> None:
+    """Command line."""
+    options = parse_options()
+    if options.processes == 1:
+        train(options)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(_train_in_group, (options, f"{folder}/meet"), options.processes)
+
+
 if __name__ == "__main__":
-    train(parse_options())
+    main()

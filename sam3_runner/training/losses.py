@@ -84,6 +84,10 @@ def detection_loss(
         "classes": weights.classes * _class_loss(outputs.logits, truth, queries, weights),
     }
     terms |= _box_losses(outputs.boxes_cxcywh, truth, queries, weights)
+    if outputs.drawn is not None:
+        is_drawn = torch.isin(truth.pair, outputs.drawn)
+        queries = queries[:, is_drawn]
+        truth = _Truth.gather([targets[pair] for pair in outputs.drawn.tolist()])
     terms |= _mask_losses(outputs, truth, queries, weights)
     if outputs.semantic_logits is not None:
         terms |= _semantic_losses(outputs.semantic_logits, truth, weights)
@@ -223,7 +227,8 @@ def _pool(masks: Tensor, like: Tensor) -> Tensor:
 def _matched_mask_logits(outputs: LayerOutputs, truth: _Truth, queries: Tensor) -> Tensor:
     """(L, M, h, w) mask logits of the matched queries; the other queries' masks are never made."""
     layers = torch.arange(len(queries), device=queries.device)[:, None]
-    embeddings = outputs.mask_embeddings[layers, truth.pair, queries]  # (L, M, C)
+    pair = truth.pair if outputs.drawn is None else outputs.drawn[truth.pair]
+    embeddings = outputs.mask_embeddings[layers, pair, queries]  # (L, M, C)
     pixels = outputs.pixel_embeddings
     per_pair = zip(embeddings.split(truth.sizes, dim=1), pixels.flatten(2).unbind(0), strict=True)
     flat: Tensor = torch.cat([part @ image for part, image in per_pair], dim=1)  # (L, M, h·w)

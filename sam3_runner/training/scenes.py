@@ -126,19 +126,22 @@ class ScenePrompt:
 # --- scene ---------------------------------------------------------------------------------------------------------
 
 
-def draw_scene(rng: np.random.Generator, area_side_px: tuple[int, int] = (192, 320)) -> Scene:
+def draw_scene(
+    rng: np.random.Generator, area_side_px: tuple[int, int] = (192, 320), min_objects: int = 1
+) -> Scene:
     """Draw one scene.
 
     Args:
         rng: The only source of chance; the same state gives the same scene.
         area_side_px: Range of sqrt(H·W), drawn uniformly. The aspect ratio lies within 1:2 and 2:1, for one scene
             in ten within 1:3 and 3:1.
+        min_objects: Try to place this many at least; it may be fewer, since they must fit.
     Returns:
         A scene with at least one object. The masks are those of the sharp geometry: blur, noise and JPEG come after.
     """
     height, width = _draw_size_hw(rng, area_side_px)
     backdrop, colours = _draw_backdrop(rng, height, width)
-    kinds = _draw_kinds(rng, colours)
+    kinds = _draw_kinds(rng, colours, int(rng.integers(min_objects, MAX_OBJECTS + 1)))
     canvas = _Canvas(backdrop)
     for colour, shape in kinds:
         canvas.place(rng, colour, shape, _draw_diameter_px(rng, math.sqrt(height * width), len(kinds)))
@@ -153,7 +156,7 @@ def _draw_size_hw(rng: np.random.Generator, area_side_px: tuple[int, int]) -> tu
     return max(1, round(side / stretch)), max(1, round(side * stretch))
 
 
-def _draw_kinds(rng: np.random.Generator, colours: list[str]) -> list[tuple[str, str]]:
+def _draw_kinds(rng: np.random.Generator, colours: list[str], count: int) -> list[tuple[str, str]]:
     """Choose (colour, shape) of every object from a small palette, so that kinds repeat and nearly repeat."""
     # Two or three of each are best for near misses: red circle, blue square, but no blue circle.
     some_colours = rng.permutation(colours)[: _pick(rng, (1, 2, 2, 3, 3, 4))].tolist()
@@ -161,7 +164,7 @@ def _draw_kinds(rng: np.random.Generator, colours: list[str]) -> list[tuple[str,
     # A quarter of the scenes repeat whole kinds often: several red circles next to something else.
     share_repeated = 0.7 if rng.random() < 1 / 4 else 0.1
     kinds: list[tuple[str, str]] = []
-    for _ in range(rng.integers(1, MAX_OBJECTS + 1)):
+    for _ in range(count):
         if kinds and rng.random() < share_repeated:
             kinds.append(kinds[rng.integers(len(kinds))])
         else:

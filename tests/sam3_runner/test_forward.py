@@ -36,7 +36,7 @@ def test_decode_equals_the_reference_forward(model: Sam3Model, plain: bool) -> N
         torch.manual_seed(3)
         use_plain_attention(model)
     image = encode_image(model, pixels).repeat_each(3)
-    outputs = decode(model, image, encode_text(model, **tokens), with_semantic=True)
+    outputs = decode(model, image, encode_text(model, **tokens), drawn=torch.arange(3))
     masks = torch.einsum("bnc,bchw->bnhw", outputs.mask_embeddings[-1], outputs.pixel_embeddings)
     close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
     close(outputs.logits[-1], expected.pred_logits)

@@ -38,6 +38,7 @@ def outputs_for(
         mask_embeddings=torch.eye(queries).expand(2, 1, -1, -1).clone().requires_grad_(),
         pixel_embeddings=(masks[None] * 40 - 20).clone().requires_grad_(),
         semantic_logits=None,
+        drawn=None,
     )
 
 
@@ -122,3 +123,20 @@ def test_the_semantic_head_learns_the_union_of_the_instances() -> None:
     target = [Target(BOXES, masks)]
     assert detection_loss(good, target)["semantic_dice"] < 0.01
     assert detection_loss(bad, target)["semantic_dice"] > 1
+
+
+def test_pairs_that_are_not_drawn_teach_no_masks() -> None:
+    masks = masks_of(BOXES)
+    right = outputs_for(BOXES, torch.tensor([0.9, 0.9]), masks, presence=3.0)
+    wrong = outputs_for(BOXES, torch.tensor([0.9, 0.9]), 1 - masks, presence=3.0)
+    both = {
+        name: torch.cat([getattr(wrong, name), getattr(right, name)], dim=1)
+        for name in ("logits", "boxes_cxcywh", "presence_logits", "mask_embeddings")
+    }
+    for drawn, pixels in ((1, right.pixel_embeddings), (0, wrong.pixel_embeddings)):
+        outputs = LayerOutputs(
+            **both, pixel_embeddings=pixels, semantic_logits=None, drawn=torch.tensor([drawn])
+        )
+        terms = detection_loss(outputs, [Target(BOXES, masks)] * 2)
+        assert (terms["mask_dice"] < 0.01) == (drawn == 1)
+        assert terms["box_l1"] < 0.01
