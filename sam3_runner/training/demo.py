@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
+from torch.multiprocessing.spawn import start_processes
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import CLIPTokenizer, Sam3ImageProcessor, Sam3Model
@@ -293,7 +294,7 @@ def _run_phase(
     rank, processes = _place_in_group()
     loader = DataLoader(
         dataset,
-        batch_sampler=[range(step * images + rank, (step + 1) * images, processes) for step in steps],
+        batch_sampler=[list(range(step * images + rank, (step + 1) * images, processes)) for step in steps],
         num_workers=options.workers,
         collate_fn=Collate(trainer.tokenizer),
         worker_init_fn=_one_thread,
@@ -361,7 +362,8 @@ def main() -> None:
         train(options)
         return
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_train_in_group, (options, f"{folder}/meet"), options.processes)
+        meeting_place = f"{folder}/meet"
+        start_processes(_train_in_group, (options, meeting_place), options.processes, start_method="spawn")
 
 
 if __name__ == "__main__":
