@@ -4,10 +4,13 @@ SHELL := /bin/sh
 .PHONY: help install demo serve test test-all check fix bench bento pins
 
 BIN := .venv/bin
-PORT ?= 8000
-HOST ?= 127.0.0.1
+# Set on make's command line alone: some systems export HOST, and that must not open the service to the network.
+PORT = 8000
+HOST = 127.0.0.1
 export BENTOML_DO_NOT_TRACK ?= true
-# Reach recipes through the environment: no quoting of a prompt can go wrong.
+# Reach recipes through the environment, as typed: no quoting can go wrong, and a $ is not make's.
+override IMAGE := $(value IMAGE)
+override PROMPT := $(value PROMPT)
 export IMAGE PROMPT PYTHON
 
 help: ## What there is
@@ -20,6 +23,7 @@ demo: install ## Segment examples/shapes.jpg through the real API (IMAGE=photo.j
 	@$(BIN)/python examples/demo.py
 
 serve: install ## The service on http://127.0.0.1:8000 (HOST=, PORT=)
+	@$(BIN)/python scripts/check_port.py $(HOST) $(PORT)
 	@exec $(BIN)/bentoml serve service:S3Backend --host $(HOST) --port $(PORT)
 
 test: install ## The tests (ARGS="-k urls" for some of them)
@@ -38,7 +42,7 @@ fix: install ## Mend what lint and format can mend
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: install ## Load test of the batching (minutes)
+bench: install ## Load test of the batching (six minutes; ARGS="--model demo --rounds 1": of the demo model, ten)
 	@$(BIN)/python -m bench.batching $(ARGS)
 
 bento: install ## Build the bento

@@ -17,7 +17,6 @@ import json
 import os
 import platform
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -33,6 +32,7 @@ import psutil
 
 from bench.fake_model import MAX_BATCH_SIZE, OFF_VARIABLE, SIDE_PX_VARIABLE, batch_s
 from bench.load import Load
+from examples.demo import embedded_defaults, stop
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -147,7 +147,7 @@ def served(system: System, log: Path) -> Iterator[tuple[int, psutil.Process]]:
     """Serve a system: its port and its first process. It ends with all of its processes, whatever happens."""
     port = free_port()
     command = [part.replace("{port}", str(port)) for part in system.command]
-    variables = {**os.environ, "BENTOML_DO_NOT_TRACK": "true", **system.variables}
+    variables = {**embedded_defaults(), "BENTOML_DO_NOT_TRACK": "true", **system.variables}
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, cwd=ROOT, env=variables, stdout=output, stderr=output, start_new_session=True
@@ -155,17 +155,7 @@ def served(system: System, log: Path) -> Iterator[tuple[int, psutil.Process]]:
         try:
             yield port, psutil.Process(process.pid)
         finally:
-            end_group(process)
-
-
-def end_group(process: subprocess.Popen[bytes]) -> None:
-    """Ask the server to end, then end the rest of its group: some servers' children outlive them."""
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(15)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait(15)
+            stop(process)
 
 
 def await_answers(system: System, port: int, process: psutil.Process, log: Path) -> None:
@@ -176,7 +166,7 @@ def await_answers(system: System, port: int, process: psutil.Process, log: Path)
     """
     deadline = time.monotonic() + READY_WITHIN_S
     body, said = {**BODY, "task_id": "00000000-0000-4000-8000-000000000000"}, "nothing"
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=READY_WITHIN_S) as client:
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=READY_WITHIN_S, trust_env=False) as client:
         while time.monotonic() < deadline and process.status() != psutil.STATUS_ZOMBIE:
             with contextlib.suppress(httpx.TransportError):
                 if client.get("/readyz" if system.path != "/predict" else "/").status_code < 500:
@@ -218,7 +208,7 @@ def cpu_seconds(process: psutil.Process) -> float:
 def batches_counted(port: int) -> tuple[float, float]:
     """Items and batches that the real service has counted so far."""
     counted = {"s3_batch_size_sum": 0.0, "s3_batch_size_count": 0.0}
-    for line in httpx.get(f"http://127.0.0.1:{port}/metrics").text.splitlines():
+    for line in httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text.splitlines():
         name, _, value = line.rpartition(" ")
         if name.partition("{")[0] in counted:
             counted[name.partition("{")[0]] += float(value)
@@ -340,18 +330,25 @@ def conditions(options: argparse.Namespace) -> dict[str, str | int]:
         "load_average": f"{os.getloadavg()[0]:.1f}",
         "python": platform.python_version(),
         "bentoml": version("bentoml"),
+        "uvloop": version("uvloop"),
+        "torch": version("torch"),
+        "litserve": LITSERVE.partition("==")[2],
+        "max_batch": MAX_BATCH_SIZE,
         "rounds": options.rounds,
     }
 
 
-def write_csv(path: Path, rows: list[Row], options: argparse.Namespace, seen: dict[str, str | int]) -> None:
-    """All figures, each with its conditions."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+def write(rows: list[Row], options: argparse.Namespace, seen: dict[str, str | int]) -> None:
+    """NAME.csv, every row with its conditions, and NAME.md, the table under them."""
+    name = options.name or ("batching" if options.model == "fake" else f"batching-{options.model}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    with (options.out / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [*seen, *rows[0].figures(), "ideal_per_s"])
         writer.writeheader()
         for row in rows:
             writer.writerow({**seen, **row.figures(), "ideal_per_s": ideal_of(row, options)})
+    told = ", ".join(f"{key} {value}" for key, value in seen.items())
+    (options.out / f"{name}.md").write_text(f"{told}\n\n{table(rows, options)}\n")
 
 
 def table(rows: list[Row], options: argparse.Namespace) -> str:
@@ -407,12 +404,8 @@ def main(arguments: list[str] | None = None) -> int:
                 if system.is_ours:
                     raise
                 print(f"{system.name} is left out: {error}", file=sys.stderr)
-    name = options.name or ("batching" if options.model == "fake" else f"batching-{options.model}")
-    told = ", ".join(f"{key} {value}" for key, value in seen.items())
-    report = f"{told}\n\n{table([*rows.values()], options)}\n"
-    print(report)
-    write_csv(options.out / f"{name}.csv", [*rows.values()], options, seen)
-    (options.out / f"{name}.md").write_text(report)
+        write([*rows.values()], options, seen | {"rounds": turn + 1})
+    print(table([*rows.values()], options))
     ours = {system.name for system in systems if system.is_ours}
     return int(any(row.load.errors for row in rows.values() if row.system in ours))
 

@@ -25,7 +25,7 @@ class Load:
 
     Attributes:
         seconds: From the first request to the last answer.
-        latencies_ms: Of every answer, whatever its status.
+        latencies_ms: Of every answer with status 200.
         batch_sizes: As the answers told, one entry per item.
         errors: How often each status other than 200, or each exception of the connection, came.
     """
@@ -85,10 +85,11 @@ async def _repeat(client: Client, tickets: list[None], load: Load) -> None:
             load.errors[type(error).__name__] += 1
             client.close()
             continue
-        load.latencies_ms.append((time.perf_counter() - began) * 1e3)
         if status != 200:
             load.errors[str(status)] += 1
-        elif b'"batch_size"' in body:
+            continue
+        load.latencies_ms.append((time.perf_counter() - began) * 1e3)
+        if b'"batch_size"' in body:
             load.batch_sizes.append(json.loads(body)["batch_size"])
     client.close()
 

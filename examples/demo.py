@@ -88,11 +88,11 @@ class Service:
 def main() -> int:
     """Run the demo; the exit status is 0 only if every step worked."""
     options = read_options()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the service is stopped too
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # so that the service is stopped too
+        signal.signal(ending, lambda number, _: sys.exit(128 + number))
     try:
         image_bytes = read_image(options.image)
-        shutil.rmtree(options.out, ignore_errors=True)
-        options.data_dir.mkdir(parents=True)
+        empty(options)
         with running_service(options) as service, open_client(service.url) as client:
             tour(client, options, image_bytes)
     except DemoError as error:
@@ -109,7 +109,7 @@ def read_options() -> Options:
     parser = argparse.ArgumentParser(description="Segment an image by text through the real HTTP API.")
     parser.add_argument("--image", type=Path, default=os.environ.get("IMAGE") or DEFAULT_IMAGE)
     parser.add_argument("--prompt", default=os.environ.get("PROMPT") or DEFAULT_PROMPT)
-    parser.add_argument("--out", type=Path, default=ROOT / "demo-out", help="emptied first")
+    parser.add_argument("--out", type=Path, default=ROOT / "demo-out", help="made anew each time")
     found = parser.parse_args()
     return Options(image=found.image, prompt=found.prompt, out=found.out.resolve())
 
@@ -120,6 +120,20 @@ def read_image(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DemoError(f"cannot read the image {path}: {error.strerror}") from error
+
+
+def empty(options: Options) -> None:
+    """Make the results' folder anew; one that an earlier demo did not make is left alone."""
+    try:
+        if options.out.exists() and any(options.out.iterdir()):
+            if not options.log.exists():
+                raise DemoError(
+                    f"{shown(options.out)} holds other things: empty it, or name another with --out"
+                )
+            shutil.rmtree(options.out)
+        options.data_dir.mkdir(parents=True)
+    except OSError as error:
+        raise DemoError(f"cannot empty {shown(options.out)}: {error.strerror}") from error
 
 
 # --- the service --------------------------------------------------------------------------------------------
@@ -162,9 +176,14 @@ def running_service(options: Options) -> Iterator[Service]:
 
 
 def service_environment(data_dir: Path) -> dict[str, str]:
+    """The environment of a service on its embedded defaults."""
+    return embedded_defaults() | {"S3_DATA_DIR": str(data_dir), "BENTOML_DO_NOT_TRACK": "true"}
+
+
+def embedded_defaults() -> dict[str, str]:
     """This process's environment without what would configure R2, Supabase or a key."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(NOT_FOR_THE_DEMO)}
-    return kept | {"S3_DATA_DIR": str(data_dir), "S3_ENV_FILE": "", "BENTOML_DO_NOT_TRACK": "true"}
+    return kept | {"S3_ENV_FILE": ""}
 
 
 def free_port() -> int:

@@ -42,20 +42,7 @@ def demo_config(tokenizer: CLIPTokenizer) -> Sam3Config:
                 "global_attn_indexes": [2, 5],
             },
         },
-        text_config={
-            "model_type": "clip_text_model",
-            "vocab_size": len(tokenizer),
-            "hidden_size": 96,
-            "intermediate_size": 288,
-            "projection_dim": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "max_position_embeddings": MAX_TEXT_TOKENS,
-            "hidden_act": "gelu",
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        },
+        text_config=_text_config(tokenizer),
         geometry_encoder_config={**detr, "num_layers": 1, "roi_size": 3},
         detr_encoder_config={**detr, "num_layers": 2},
         detr_decoder_config={**detr, "num_layers": 4, "num_queries": NUM_QUERIES},
@@ -65,6 +52,23 @@ def demo_config(tokenizer: CLIPTokenizer) -> Sam3Config:
             "num_upsampling_stages": 3,
         },
     )
+
+
+def _text_config(tokenizer: CLIPTokenizer) -> dict[str, str | int | None]:
+    return {
+        "model_type": "clip_text_model",
+        "vocab_size": len(tokenizer),
+        "hidden_size": 96,
+        "intermediate_size": 288,
+        "projection_dim": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": MAX_TEXT_TOKENS,
+        "hidden_act": "gelu",
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
 
 
 def build_demo_model(tokenizer: CLIPTokenizer) -> Sam3Model:

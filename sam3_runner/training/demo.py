@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import CLIPTokenizer, Sam3ImageProcessor, Sam3Model
 
+from sam3_runner.checkpoint import DEMO_CHECKPOINT
 from sam3_runner.forward import decode, encode_image, encode_text
 from sam3_runner.training.architecture import (
     HIDDEN,
@@ -148,8 +149,8 @@ class Trainer:
         for averaged, current in zip(self.average.parameters(), self.model.parameters(), strict=True):
             averaged.lerp_(current, 1 - decay)
 
-    def save(self) -> None:
-        """Write everything that resuming needs, either whole or not at all, and the checkpoint so far."""
+    def save_state(self) -> None:
+        """Write everything that resuming needs; either whole or not at all."""
         if _place_in_group()[0] > 0:
             return
         state = {
@@ -164,7 +165,6 @@ class Trainer:
         self.options.state.parent.mkdir(parents=True, exist_ok=True)
         torch.save(state, partial)
         os.replace(partial, self.options.state)
-        save_checkpoint(self.average, self.tokenizer, self.options.out)
 
     def _load(self, state: dict[str, Any]) -> None:
         self.image_step, self.step = state["image_step"], state["step"]
@@ -258,13 +258,18 @@ def demo_tokenizer() -> CLIPTokenizer:
 def save_checkpoint(model: Sam3Model, tokenizer: CLIPTokenizer, out: Path) -> None:
     """Write a Hugging Face directory that the runner loads as it loads `facebook/sam3`.
 
-    Weights are stored as float16, which halves the file; every consumer loads them in the dtype it computes in.
+    Weights are stored as float16, which halves the file; every consumer loads them in the dtype it computes in. Each
+    file of `out` is replaced whole.
     """
     size = {"height": IMAGE_SIZE_PX, "width": IMAGE_SIZE_PX}
     mask_size = {"height": MASK_SIZE_PX // 2, "width": MASK_SIZE_PX // 2}
-    copy.deepcopy(model).half().save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    Sam3ImageProcessor(size=size, mask_size=mask_size).save_pretrained(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=out.name, dir=out.parent) as folder:
+        copy.deepcopy(model).half().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        Sam3ImageProcessor(size=size, mask_size=mask_size).save_pretrained(folder)
+        for file in Path(folder).iterdir():
+            os.replace(file, out / file.name)
 
 
 def train(options: TrainingOptions) -> None:
@@ -278,7 +283,9 @@ def train(options: TrainingOptions) -> None:
     questions = SceneDataset(options.seed, IMAGE_SIZE_PX, MASK_SIZE_PX, options.prompts)
     steps = range(trainer.step, options.steps)
     _run_phase("detector", trainer, trainer.train_detector, questions, options.images, steps)
-    trainer.save()
+    trainer.save_state()
+    if _place_in_group()[0] == 0:
+        save_checkpoint(trainer.average, trainer.tokenizer, options.out)
 
 
 def _run_phase(
@@ -289,7 +296,7 @@ def _run_phase(
     images: int,
     steps: range,
 ) -> None:
-    """Take `steps` steps of `images` images; save state and checkpoint now and then."""
+    """Take `steps` steps of `images` images; save the state now and then."""
     options = trainer.options
     rank, processes = _place_in_group()
     loader = DataLoader(
@@ -310,7 +317,7 @@ def _run_phase(
             if step % 20 == 19:
                 progress.set_postfix({term: f"{value:.3g}" for term, value in smooth.items()}, refresh=False)
             if step % options.save_every == options.save_every - 1:
-                trainer.save()
+                trainer.save_state()
 
 
 def _place_in_group() -> tuple[int, int]:
@@ -334,11 +341,12 @@ def _one_thread(_worker: int) -> None:
 def parse_options(arguments: list[str] | None = None) -> TrainingOptions:
     """Options from the command line."""
     parser = argparse.ArgumentParser(description="Train the demo checkpoint on synthetic scenes.")
+    parser.add_argument("--out", type=Path, default=DEMO_CHECKPOINT, help="checkpoint to write in the end")
     parser.add_argument(
-        "--out", type=Path, default=Path("weights/demo"), help="checkpoint directory to write"
-    )
-    parser.add_argument(
-        "--state", type=Path, default=Path("weights/demo-training.pt"), help="file to resume from"
+        "--state",
+        type=Path,
+        default=DEMO_CHECKPOINT.with_name("demo-training.pt"),
+        help="file to resume from",
     )
     parser.add_argument("--image-steps", type=int, default=4000, help="steps of the first phase")
     parser.add_argument("--steps", type=int, default=6000, help="steps of the second phase")

@@ -28,7 +28,7 @@ from sam3_runner.segmenter import Segmenter
 from sam3_runner.training.scenes import Scene, draw_prompt, draw_scene
 from sam3_runner.types import Segmentation, SegmentItem, TextPrompt
 
-EVALUATION_SEED = 2_000_003  # training draws from seed 0: no scene is in both
+EVALUATION_SEED = 2_000_003  # training draws from seeds 0 and 1: no scene is in both
 SCENES_PER_BATCH = 8
 MATCH_IOU = 0.5
 

@@ -70,6 +70,8 @@ def detection_loss(
     Returns:
         `"total"`, which is to be differentiated, and each term's weighted share of it. Terms are summed over the
         layers, and boxes and masks averaged over the instances of the batch.
+    Raises:
+        ValueError: A pair has more instances than there are queries.
     """
     weights = weights or LossWeights()
     truth = _Truth.gather(targets)

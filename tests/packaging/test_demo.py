@@ -1,6 +1,7 @@
 """`make demo`, as a newcomer runs it."""
 
 import json
+import os
 import re
 import signal
 import socket
@@ -22,8 +23,10 @@ TIMEOUT_S = 170  # a quarter of a minute is usual; less than pytest's own limit
 
 def demo(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "examples/demo.py", "--out", str(out), *arguments]
+    theirs = ("SAM3_", "IMAGE", "PROMPT")  # whoever runs the tests may have a model of their own
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(theirs)}
     with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=ROOT, env=clean, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
             said, complained = process.communicate(timeout=TIMEOUT_S)
@@ -82,6 +85,21 @@ def test_an_image_that_is_not_there_is_one_readable_line(tmp_path: Path) -> None
     assert result.stderr == "demo: cannot read the image no-such.jpg: No such file or directory\n"
 
 
+def test_a_folder_that_holds_other_things_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").touch()
+    result = demo(tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"demo: {tmp_path} holds other things")
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
+
+
+def test_a_folder_that_cannot_be_made_is_one_readable_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = demo(tmp_path / "file" / "out")
+    assert result.returncode == 1
+    assert re.fullmatch(r"demo: cannot empty .*/file/out: Not a directory\n", result.stderr)
+
+
 def test_an_answer_of_the_service_is_one_readable_line(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("not an image")
     result = demo(tmp_path / "out", "--image", str(tmp_path / "notes.txt"))
@@ -93,7 +111,7 @@ def test_an_answer_of_the_service_is_one_readable_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stopped_demo_stops_its_service(tmp_path: Path, sent: signal.Signals) -> None:
     command = [sys.executable, "-u", "examples/demo.py", "--out", str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:

@@ -3,8 +3,10 @@
 import os
 import re
 import shutil
+import socket
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -57,20 +59,63 @@ def test_a_python_without_venv_is_named_with_what_to_install(checkout: Path) -> 
     assert "apt install python3-venv" in result.stderr
 
 
-def test_nothing_is_done_and_nothing_said_when_the_pins_are_installed(checkout: Path) -> None:
+def test_an_environment_that_was_moved_with_its_checkout_is_made_anew(checkout: Path) -> None:
+    # Enough of an interpreter to show which step is reached.
+    script = 'case "$*" in *"-m venv"*) echo making anew >&2; exit 1;; *) exit 0;; esac'
+    python = program(checkout / "bin/python3.12", script)
     program(checkout / ".venv/bin/python", "exit 0")
+    for home, is_made in ((checkout.resolve(), False), (checkout.resolve().parent, True)):
+        (checkout / ".venv/.home").write_text(str(home))
+        (checkout / ".venv/.pins").write_text("of other packages")
+        result = make(checkout, "install", f"PYTHON={python}")
+        assert ("making anew" in result.stderr) == is_made, result.stderr
+        assert not (checkout / ".venv/.pins").exists()  # interrupted: nothing is known to be whole
+
+
+def test_image_and_prompt_reach_the_demo_as_typed(checkout: Path) -> None:
+    program(checkout / ".venv/bin/python", 'printf "%s|%s" "$IMAGE" "$PROMPT"')
+    (checkout / ".venv/.pins").write_text(wanted_stamp(checkout))
+    image, prompt = "my $5 photo (a) #1.jpg", 'it\'s "quoted" $HOME'
+    result = make(checkout, "demo", f"IMAGE={image}", f"PROMPT={prompt}")
+    assert result.stdout == f"{image}|{prompt}"
+
+
+def test_the_address_comes_from_the_command_line_alone(checkout: Path) -> None:
+    serve = make(ROOT, "--dry-run", "serve", HOST="0.0.0.0", PORT="80").stdout
+    assert "--host 127.0.0.1 --port 8000" in serve
+    assert "--host 0.0.0.0 --port 80" in make(ROOT, "--dry-run", "serve", "HOST=0.0.0.0", "PORT=80").stdout
+
+
+def test_a_port_that_is_taken_is_one_readable_line() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        script = [sys.executable, "scripts/check_port.py", "127.0.0.1", str(port)]
+        result = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port} (Address already in use)" in result.stderr
+    assert f"make serve PORT={port + 1}" in result.stderr
+    assert subprocess.run(script, cwd=ROOT).returncode == 0
+
+
+def wanted_stamp(checkout: Path) -> str:
+    """What the set-up writes when all is installed."""
     pins = (checkout / "requirements.txt").read_bytes() + (checkout / "requirements-dev.txt").read_bytes()
     checksum = subprocess.run(["cksum"], input=pins, capture_output=True, check=True).stdout.decode().strip()
-    (checkout / ".venv/.pins").write_text(f"{checksum} {checkout.resolve()}")
+    return f"{checksum} {checkout.resolve()}"
+
+
+def test_nothing_is_done_and_nothing_said_when_the_pins_are_installed(checkout: Path) -> None:
+    program(checkout / ".venv/bin/python", "exit 0")
+    (checkout / ".venv/.pins").write_text(wanted_stamp(checkout))
     began = time.monotonic()
     result = make(checkout, "install")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert time.monotonic() - began < 3
 
 
-@pytest.mark.parametrize(
-    "target", ["install", "demo", "serve", "test", "test-all", "check", "fix", "bench", "bento"]
-)
+@pytest.mark.parametrize("target", TARGETS)
 def test_every_target_is_there_and_listed_by_help(target: str) -> None:
     assert make(ROOT, "--dry-run", target).returncode == 0
     assert re.search(rf"^  make {target} +\S", make(ROOT, "help").stdout, re.MULTILINE)

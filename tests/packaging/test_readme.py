@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import re
+import shutil
 import subprocess
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -28,14 +30,27 @@ def curl_commands(page: str) -> str:
     return found
 
 
+@pytest.fixture(scope="session")
+def curl() -> str:
+    """The command that the README's examples are written for."""
+    if found := shutil.which("curl"):
+        return f"{found} -fsS --noproxy '*' "
+    if os.environ.get("CI") == "true":
+        pytest.fail("CI must have curl")
+    pytest.skip("curl is not installed")
+
+
+def test_the_request_shown_first_is_one_of_the_round_trip() -> None:
+    first = next(block for block in blocks("README.md", "sh") if block.startswith("curl"))
+    assert first in curl_commands("README.md")
+
+
 @pytest.mark.parametrize("page", ["README.md", "README.ko.md"])
 def test_the_round_trip_by_curl_ends_with_the_mask(
-    page: str, bento_client: httpx.Client, tmp_path: Path
+    page: str, curl: str, bento_client: httpx.Client, tmp_path: Path
 ) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    script = (
-        curl_commands(page).replace(":8000", f":{bento_client.base_url.port}").replace("curl ", "curl -fsS ")
-    )
+    script = curl_commands(page).replace(":8000", f":{bento_client.base_url.port}").replace("curl ", curl)
     result = subprocess.run(
         ["sh", "-e"], input=script, cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
