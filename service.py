@@ -167,7 +167,11 @@ class S3Backend:
             raise RuntimeError(
                 "start with `bentoml serve service:S3Backend`: it starts the runner's process too"
             )
-        self.backend = make_backend(settings, runner_url, own_url)
+        try:
+            self.backend = make_backend(settings, runner_url, own_url)
+        except Exception as error:  # the edge of this process: the next one would fail in the same way
+            fail_service(_reason(error))
+            raise
         app.state.backend = self.backend
         gc.freeze()  # as in the runner
 
@@ -184,10 +188,8 @@ class S3Backend:
         # BentoML's images set this, and then no process that died is started again; here it must be.
         os.environ.pop("BENTOML_CONTAINERIZED", None)
         prepare_processes()
-        if settings.api_secret_key is None:
-            logger.warning(
-                "API_SECRET_KEY is not set: anyone on this machine may call the service, nobody from outside"
-            )
+        for caution in settings.cautions():
+            logger.warning(caution)
 
     @bentoml.on_startup
     async def open(self) -> None:
@@ -202,6 +204,13 @@ class S3Backend:
     async def __is_ready__(self) -> bool:
         """What `/readyz` says."""
         return self.backend.watch.model is not None
+
+
+def _reason(error: Exception) -> str:
+    """Why a web worker cannot be made, in one line."""
+    if isinstance(error, ConfigurationError):
+        return str(error)
+    return " ".join(f"a web worker cannot be made: {type(error).__name__}: {error}".split())
 
 
 def _url_of(service: Any) -> str | None:

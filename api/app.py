@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import orjson
@@ -20,25 +21,37 @@ from starlette.types import ASGIApp
 
 from api import metrics
 from api.backend import Backend
-from api.errors import BodyTooLarge, InvalidRequest, MalformedJson, PromptRefused, RouteNotFound
+from api.errors import (
+    BodyTooLarge,
+    InvalidRequest,
+    MalformedJson,
+    PromptRefused,
+    RouteNotFound,
+    code_of,
+)
 from api.limits import MAX_JSON_BYTES, read_body
 from api.openapi import openapi_document
 from api.requests import RECORD, RequestRecord
 from api.routes import ROUTES, RouteSpec
 from api.schemas import BatchRequest, PredictRequest, RequestT, parse_request
 from sam3_runner import rle
-from sam3_runner.errors import ImageError, ImageTooLarge, InvalidPrompt
+from sam3_runner.errors import ImageError, ImageTooLarge, InvalidPrompt, TooManyPrompts
 from sam3_runner.images import ImageHeader, ImageLimits, probe_image
 from sam3_runner.text import MAX_PROMPTS, PromptChecker
 from sam3_runner.types import ModelInfo, Segmentation, TextPrompt
 from storage import ObjectNotFound
 from storage.keys import validate_key
+from tasks.failures import ErrorRows
 from tasks.pipeline import Job, JobOutcome, PromptOutcome
+from tasks.store import TaskInputs
 
 T = TypeVar("T")
 
 _UPLOAD_KEY = re.compile(r"uploads(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)+\Z")
 _MAX_UPLOAD_KEY_CHARS = 255
+_MASKS_PREFIX = "masks/"
+# Whatever the limits on images are by now, a mask of ours is read. The worst one, all noise, is 0.2 bytes a pixel.
+_MAX_MASK_BYTES = 1 << 28
 
 
 class FaceApp(Starlette):
@@ -50,16 +63,25 @@ class FaceApp(Starlette):
 
 
 def create_app(*, is_local: bool) -> FaceApp:
-    """The application; its `state.backend` must be set before the first request.
+    """The application; its `state.backend` must be set before its lifespan begins.
 
     Args:
         is_local: Whether objects live in a local directory, so that the `/files` routes exist.
     """
     specs = [spec for spec in ROUTES if is_local or not spec.is_local_only]
     served = [spec for spec in specs if spec.operation in _HANDLERS]
-    app = FaceApp(routes=[_route(spec) for spec in served])
+    app = FaceApp(routes=[_route(spec) for spec in served], lifespan=_lifespan)
+    app.router.redirect_slashes = False
     app.state.document = orjson.dumps(openapi_document(specs))
     return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FaceApp) -> AsyncIterator[None]:
+    """BentoML begins it with the backend made, and ends it before the backend is closed."""
+    app.state.error_rows = ErrorRows(app.state.backend.tasks)
+    yield
+    await app.state.error_rows.aclose()
 
 
 Handler = Callable[[Request, Backend, RequestRecord], Awaitable[Response]]
@@ -134,7 +156,7 @@ async def _predict_batch(request: Request, backend: Backend, record: RequestReco
 async def _read_request(
     request: Request, backend: Backend, record: RequestRecord, schema: type[RequestT]
 ) -> RequestT:
-    """The body as its schema says, with prompts that the text encoder reads."""
+    """The body as its schema says, with prompts that the text encoder reads; if it does not, the row says so."""
     too_large = BodyTooLarge(
         f"The JSON body is larger than {MAX_JSON_BYTES} bytes: send the image by URL, not inline."
     )
@@ -146,7 +168,19 @@ async def _read_request(
     asked = parse_request(schema, value)
     record.task_id = asked.task_id
     record.fields["prompts"] = len(asked.all_prompts)
-    _check_prompts(backend.prompts, asked)
+    try:
+        _check_prompts(backend.prompts, asked)
+    except (PromptRefused, TooManyPrompts) as error:
+        task = TaskInputs(
+            task_id=asked.task_id,
+            user_id=asked.user_id,
+            image_url=asked.image_url,
+            prompts=asked.all_prompts,
+            score_threshold=asked.score_threshold,
+            request_id=record.request_id,
+        )
+        await request.app.state.error_rows.write(task, *code_of(error), after=None)
+        raise
     return asked
 
 
@@ -248,11 +282,15 @@ def _instances(found: Segmentation) -> list[dict[str, Any]]:
 async def _get_file(request: Request, backend: Backend, record: RequestRecord) -> Response:
     key = request.path_params["key"]
     validate_key(key)
+    is_mask = key.startswith(_MASKS_PREFIX)
     try:
-        data = await backend.store.get(key, backend.limits.max_bytes)
+        data = await backend.store.get(key, _MAX_MASK_BYTES if is_mask else backend.limits.max_bytes)
     except ObjectNotFound as error:
         raise RouteNotFound(f"There is no file {key!r}.") from error
-    media_type = await _in_pool(backend, _media_type_of_file, data, backend.limits)
+    if is_mask:
+        media_type = "image/png"
+    else:
+        media_type = await _in_pool(backend, _media_type_of_file, data, backend.limits)
     return Response(data, media_type=media_type, headers={"x-content-type-options": "nosniff"})
 
 

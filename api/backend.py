@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from api.access import KeyCheck
 from api.config import ConfigurationError, Settings
@@ -13,12 +18,15 @@ from api.lifecycle import shared_file
 from api.limits import InFlight
 from api.metrics import RequestMetrics
 from api.readiness import RunnerWatch, WatchedRunner
-from api.runner_link import RunnerClient
+from api.runner_link import ITEMS_PER_REQUEST, RunnerClient
 from sam3_runner.errors import CheckpointError
 from sam3_runner.images import ImageLimits
 from sam3_runner.text import PromptChecker
 from storage import ImageUrls, ObjectStore
+from storage.errors import StorageError
+from storage.keys import PARTIAL_PREFIX
 from storage.local import LocalStore
+from tasks.errors import TaskError
 from tasks.local import LocalTasks
 from tasks.pipeline import Pipeline
 from tasks.store import TaskStore
@@ -74,9 +82,16 @@ def make_backend(settings: Settings, runner_url: str, own_url: str) -> Backend:
         settings: Checked.
         runner_url: Of the runner's service.
         own_url: Where this service listens, for links to `/files` if the settings do not say better.
+
+    Raises:
+        ConfigurationError: a local part cannot use `S3_DATA_DIR`; in one line that names it.
     """
     base_url = settings.public_url or own_url
-    client = RunnerClient(runner_url, timeout_s=settings.request_timeout_s)
+    client = RunnerClient(
+        runner_url,
+        timeout_s=settings.request_timeout_s,
+        items_per_request=min(ITEMS_PER_REQUEST, settings.max_batch_size),
+    )
     watch = RunnerWatch(client.info)
     limits = ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels)
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="codec")
@@ -110,7 +125,8 @@ def make_backend(settings: Settings, runner_url: str, own_url: str) -> Backend:
 def make_store(settings: Settings, base_url: str) -> ObjectStore:
     """R2 if it is configured, else a local directory."""
     if settings.r2_endpoint is None:
-        return LocalStore(settings.data_dir / "files", base_url)
+        with _data_dir_errors(settings):
+            return LocalStore(_files_dir(settings), base_url)
     from storage.r2 import R2Store  # boto3 takes half a second that local mode need not wait
 
     return R2Store(
@@ -134,8 +150,8 @@ def make_urls(settings: Settings, base_url: str) -> ImageUrls:
 def make_tasks(settings: Settings) -> TaskStore:
     """Supabase if it is configured, else SQLite."""
     if settings.supabase_url is None:
-        settings.data_dir.mkdir(parents=True, exist_ok=True)
-        return LocalTasks(settings.data_dir / "tasks.sqlite3")
+        with _data_dir_errors(settings):
+            return LocalTasks(_tasks_file(settings))
     return SupabaseTasks(settings.supabase_url, _value(settings, "supabase_service_key") or "")
 
 
@@ -160,13 +176,54 @@ def check_settings(settings: Settings) -> None:
             make_tasks(settings)
         except ValueError as error:
             raise ConfigurationError(f"SUPABASE_URL or SUPABASE_SERVICE_KEY is wrong: {error}") from None
-    if not (settings.uses_r2 and settings.uses_supabase):
-        try:
-            settings.data_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigurationError(
-                f"S3_DATA_DIR is {str(settings.data_dir)!r}; no directory can be made there: {error.strerror}"
-            ) from None
+    if not settings.uses_r2:
+        _check_writable(settings, _files_dir(settings))
+    if not settings.uses_supabase:
+        _check_writable(settings, settings.data_dir)  # SQLite makes files beside its own
+        _check_tasks_file(settings)
+
+
+def _check_writable(settings: Settings, directory: Path) -> None:
+    """Make a directory and write a file in it as `LocalStore` does; the file is gone afterwards."""
+    with _data_dir_errors(settings):
+        directory.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(prefix=PARTIAL_PREFIX, dir=directory) as probe:
+            probe.write(b"probe")
+            probe.flush()
+            os.fsync(probe.fileno())
+
+
+def _check_tasks_file(settings: Settings) -> None:
+    """Open the database once, and see that it can be written: SQLite opens a read-only file without a word."""
+    asyncio.run(make_tasks(settings).aclose())
+    path = _tasks_file(settings)
+    if not os.access(path, os.W_OK):
+        raise _data_dir_error(settings, f"let the user {os.geteuid()} write {path.name} in it")
+
+
+@contextmanager
+def _data_dir_errors(settings: Settings) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, StorageError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        advice = f"name a directory where the user {os.geteuid()} may write ({reason})"
+        raise _data_dir_error(settings, advice) from error
+    except TaskError as error:
+        advice = f"move {_tasks_file(settings).name} in it away if it is damaged ({error})"
+        raise _data_dir_error(settings, advice) from error
+
+
+def _data_dir_error(settings: Settings, advice: str) -> ConfigurationError:
+    return ConfigurationError(f"S3_DATA_DIR is {str(settings.data_dir)!r}, which cannot be used: {advice}.")
+
+
+def _files_dir(settings: Settings) -> Path:
+    return settings.data_dir / "files"
+
+
+def _tasks_file(settings: Settings) -> Path:
+    return settings.data_dir / "tasks.sqlite3"
 
 
 def _value(settings: Settings, name: str) -> str | None:

@@ -7,6 +7,7 @@ never appears in it.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -22,6 +23,10 @@ DEFAULT_PORT = 8000
 
 _R2_REQUIRED = ("r2_endpoint", "r2_access_key_id", "r2_secret_access_key")
 _SUPABASE_REQUIRED = ("supabase_url", "supabase_service_key")
+
+_VISIBLE_ASCII = re.compile(r"[\x21-\x7e]+")
+_ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?")
+_DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 class ConfigurationError(Exception):
@@ -68,7 +73,8 @@ class Settings(BaseSettings):
     request_timeout_s: float = Field(60.0, gt=0, le=3600, validation_alias="s3_request_timeout_s")
     max_image_bytes: int = Field(25_000_000, ge=1, validation_alias="s3_max_image_bytes")
     max_image_pixels: int = Field(50_000_000, ge=1, validation_alias="s3_max_image_pixels")
-    max_batch_size: int = Field(16, ge=1, le=256, validation_alias="s3_max_batch_size")
+    # A batch of one is none: BentoML takes 2 and more.
+    max_batch_size: int = Field(16, ge=2, le=256, validation_alias="s3_max_batch_size")
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field((), validation_alias="s3_cors_origins")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", validation_alias="s3_log_level")
 
@@ -78,6 +84,29 @@ class Settings(BaseSettings):
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(origin == "*" or _is_origin(origin) for origin in value):
+            raise ValueError(
+                "must be * or what browsers send as Origin: scheme://host[:port] in lower case, without a path, "
+                "a slash at the end or the scheme's usual port"
+            )
+        return value
+
+    @field_validator(
+        "hf_token", "r2_access_key_id", "r2_secret_access_key", "supabase_service_key", "api_secret_key"
+    )
+    @classmethod
+    def _is_secret(cls, value: SecretStr | None) -> SecretStr | None:
+        """Without the line end that a mounted secret has; the rest must fit in a header."""
+        if value is None:
+            return None
+        secret = value.get_secret_value().strip()
+        if not _VISIBLE_ASCII.fullmatch(secret):
+            raise ValueError("must be visible ASCII characters, without blanks and line breaks")
+        return SecretStr(secret)
 
     @field_validator("sam3_device", "sam3_dtype", "log_level", mode="before")
     @classmethod
@@ -89,7 +118,13 @@ class Settings(BaseSettings):
     def _is_http_url(cls, value: str | None) -> str | None:
         if value is None:
             return None
-        parts = urlsplit(value)
+        try:
+            parts = urlsplit(value)
+            port = parts.port
+        except ValueError:  # whose words may show the value
+            raise ValueError("must have a host, and a port from 1 to 65535 or none") from None
+        if port == 0:
+            raise ValueError("must have a port from 1 to 65535 or none")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("must be an http:// or https:// URL")
         if parts.username is not None or parts.query or parts.fragment:
@@ -98,7 +133,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _is_whole(self) -> Settings:
-        self._require_together("R2", _R2_REQUIRED, also_set_by=("r2_public_url",))
+        self._require_together("R2", _R2_REQUIRED, also_set_by=("r2_bucket", "r2_public_url"))
         self._require_together("Supabase", _SUPABASE_REQUIRED)
         if self.api_secret_key is None and (self.uses_r2 or self.uses_supabase):
             part = "R2" if self.uses_r2 else "Supabase"
@@ -109,7 +144,8 @@ class Settings(BaseSettings):
         return self
 
     def _require_together(self, part: str, names: tuple[str, ...], also_set_by: tuple[str, ...] = ()) -> None:
-        present = [name for name in (*names, *also_set_by) if getattr(self, name) is not None]
+        fields = type(self).model_fields
+        present = [name for name in (*names, *also_set_by) if getattr(self, name) != fields[name].default]
         missing = [name.upper() for name in names if getattr(self, name) is None]
         if present and missing:
             raise ValueError(
@@ -155,6 +191,20 @@ class Settings(BaseSettings):
             "restore that directory from the repository, or set the variable."
         )
 
+    def cautions(self) -> tuple[str, ...]:
+        """What is allowed and may not be meant: one line each, for the log at start."""
+        lines = []
+        if self.api_secret_key is None:
+            lines.append(
+                "API_SECRET_KEY is not set: anyone on this machine may call the service, nobody from outside"
+            )
+        if self.uses_r2 and self.r2_public_url is None:
+            lines.append(
+                "R2_PUBLIC_URL is not set: mask_url names R2_ENDPOINT, which answers signed requests only; "
+                "set it to the bucket's custom domain, or nobody can open a mask by its URL"
+            )
+        return tuple(lines)
+
     def secrets(self) -> tuple[str, ...]:
         """The values that must not appear in any log, report or error."""
         fields = (
@@ -180,6 +230,15 @@ def read_settings(env_file: str | None = None) -> Settings:
         return Settings(_env_file=file or None)
     except ValidationError as error:
         raise ConfigurationError(_one_line(error)) from None
+
+
+def _is_origin(text: str) -> bool:
+    """Whether a browser could send this as Origin: https://html.spec.whatwg.org/#ascii-serialisation-of-an-origin."""
+    match = _ORIGIN.fullmatch(text)
+    if match is None:
+        return False
+    scheme, port = match.groups()
+    return port is None or (0 < int(port) < 1 << 16 and int(port) != _DEFAULT_PORTS.get(scheme))
 
 
 def _one_line(error: ValidationError) -> str:

@@ -34,7 +34,8 @@ class ApiError(Exception):
     ├── RouteNotFound
     ├── MethodNotAllowed
     ├── Overloaded
-    └── ModelNotReady
+    ├── ModelNotReady
+    └── GivenUp             by the server itself, after its own time limit
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class InvalidRequest(ApiError):
 
 
 class PromptRefused(ApiError):
-    """A prompt is blank or too long; raised in place of the runner's own error to name the field."""
+    """A prompt cannot be read; raised in place of the runner's own error to name the field."""
 
 
 class Unauthorized(ApiError):
@@ -88,6 +89,10 @@ class Overloaded(ApiError):
 
 class ModelNotReady(ApiError):
     """The runner's process is not there (yet, or any more)."""
+
+
+class GivenUp(ApiError):
+    """The server itself gave the request up, after its own time limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +135,7 @@ FAULTS: dict[type[BaseException], Fault] = {
     MethodNotAllowed: Fault(405, "METHOD_NOT_ALLOWED"),
     Overloaded: Fault(429, "OVERLOADED", retry_after_s=1),
     ModelNotReady: _NOT_READY,
+    GivenUp: _TIMED_OUT,
     TimeoutError: _TIMED_OUT,
     asyncio.CancelledError: _TIMED_OUT,
     # the runner
@@ -202,8 +208,11 @@ def answer_of(error: BaseException) -> Answer:
 
 
 def error_of_status(status: int, method: str, path: str, headers: dict[str, str]) -> ApiError:
-    """The error behind a response that another layer wrote in its own form: an unknown route, say."""
-    if status == 404:
+    """The error behind a response that another layer wrote in its own form: an unknown route, say.
+
+    A redirect is an unknown route too: it leads from a path that is nearly one to the path that is.
+    """
+    if status == 404 or 300 <= status < 400:
         return RouteNotFound(
             f"There is no route {path!r}. GET /docs.json lists what there is.", headers=headers
         )
@@ -211,8 +220,16 @@ def error_of_status(status: int, method: str, path: str, headers: dict[str, str]
         return MethodNotAllowed(
             f"{method} is not allowed on {path!r}; the Allow header says what is.", headers=headers
         )
+    if status == 413:
+        return BodyTooLarge("The body is larger than this service takes.", headers=headers)
+    if status == 429:
+        return Overloaded(
+            "Too many requests are in flight here already. Wait as long as Retry-After says.", headers=headers
+        )
     if status == 503:
         return ModelNotReady(headers=headers)
+    if status == 504:
+        return GivenUp(headers=headers)
     if status < 500:
         return RequestRefused(
             f"The request was refused before it reached a route (status {status}).", headers=headers

@@ -23,9 +23,14 @@ logger = logging.getLogger("api")
 
 # Asked every few seconds by machines: counted, but logged only when something is broken.
 QUIET_PATHS = frozenset({"/health", "/livez", "/healthz", "/readyz", "/metrics"})
+# BentoML's page to try an API by hand: it makes browsers load a script from elsewhere. ("": a request for the bare
+# host.)
+HIDDEN_PATHS = frozenset({"", "/"})
+UNMATCHED = "unmatched"  # the route of a path that is none: such paths must not label metrics
+_LOGGED_PATH_CHARS = 200
 
 _ID_HEADER = REQUEST_ID_HEADER.lower().encode()
-# What is kept of an error response that another layer wrote.
+# What is kept of an error response that another layer wrote. Not `Location`: nothing here has moved.
 _KEPT_HEADERS = (b"allow", b"retry-after", b"vary", b"access-control-")
 
 
@@ -62,9 +67,8 @@ class EnvelopeMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request = RequestRecord(request_id_of(_header(scope, _ID_HEADER)), scope["method"])
-        if scope["path"] in QUIET_PATHS:
-            request.route = scope["path"]
+        route = scope["path"] if scope["path"] in QUIET_PATHS else UNMATCHED
+        request = RequestRecord(request_id_of(_header(scope, _ID_HEADER)), scope["method"], route)
         scope[RECORD] = request
         token = current_request.set(request)
         try:
@@ -73,7 +77,9 @@ class EnvelopeMiddleware:
             if not request.status:
                 request.outcome = "CANCELLED"  # by the server, before anything was sent
             self._state.backend.metrics.observe(request)
-            if scope["path"] not in QUIET_PATHS or request.status == 500:
+            if request.route == UNMATCHED:
+                request.fields["path"] = scope["path"][:_LOGGED_PATH_CHARS]
+            if scope["path"] not in QUIET_PATHS or request.status >= 500:
                 log_request(logger, request)
             current_request.reset(token)
 
@@ -86,6 +92,8 @@ class EnvelopeMiddleware:
                 self._state.backend.key_check.require(
                     _header(scope, b"x-api-key"), client[0] if client else None
                 )
+            if scope["path"] in HIDDEN_PATHS:
+                raise error_of_status(404, scope["method"], scope["path"], {})
             await self._app(scope, receive, send)
         except Exception as error:  # the outermost edge: nothing may leave in another form
             answer = answer_of(error)
@@ -97,7 +105,7 @@ class EnvelopeMiddleware:
 
 
 class _Reply:
-    """Sends one response: adds the id, and rewrites error bodies that are not in the contract's form."""
+    """Sends one response: adds the id, and rewrites errors that are not in the contract's form, and redirects."""
 
     def __init__(self, scope: Scope, request: RequestRecord, send: Send) -> None:
         self._scope = scope
@@ -110,7 +118,7 @@ class _Reply:
         if self._is_rewritten:
             return  # the rest of a body that was replaced
         if message["type"] == "http.response.start":
-            if message["status"] >= 400 and not self._request.is_enveloped:
+            if message["status"] >= 300 and not self._request.is_enveloped:
                 await self._rewrite(message)
                 return
             self._request.status = message["status"]

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from api.errors import InvalidRequest
 from sam3_runner.text import MAX_PROMPTS
+from storage.urls import MAX_URL_CHARS
 
 DEFAULT_SCORE_THRESHOLD = 0.5
 
@@ -16,7 +17,7 @@ _NO_CONTROLS = r"^[^\x00-\x1f\x7f-\x9f]*$"
 
 ImageUrl = Annotated[
     str,
-    StringConstraints(min_length=1, max_length=2048, pattern=_NO_CONTROLS),
+    StringConstraints(min_length=1, max_length=MAX_URL_CHARS, pattern=_NO_CONTROLS),
     Field(description="An image in our own storage: its public or S3 URL, `s3://bucket/key`, or a bare key."),
 ]
 PromptText = Annotated[

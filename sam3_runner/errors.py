@@ -2,7 +2,7 @@
 
 RunnerError
 ├── InvalidInput              the caller can mend it
-│   ├── InvalidPrompt         blank, or longer than the text encoder reads
+│   ├── InvalidPrompt         blank, with a special token in it, or longer than the text encoder reads
 │   ├── TooManyPrompts
 │   └── ImageError
 │       ├── UnsupportedImage  not a kind of file we read
@@ -23,7 +23,7 @@ class InvalidInput(RunnerError):
 
 
 class InvalidPrompt(InvalidInput):
-    """A prompt is blank or longer than the text encoder reads."""
+    """A prompt is blank, has a special token in it, or is longer than the text encoder reads."""
 
 
 class TooManyPrompts(InvalidInput):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from sam3_runner.types import Prompt
 MAX_PROMPTS = 32
 PAD_TOKEN = "<|endoftext|>"  # CLIP pads with its end token; the attention mask tells them apart
 SHOWN_CHARACTERS = 60  # of a prompt, in an error message
+# Unicode's categories of what shows nothing by itself: format characters (zero-width space, soft hyphen, byte order
+# mark), blanks, line and paragraph separators, controls, and accents without a letter.
+_BLANK_CATEGORIES = frozenset({"Cf", "Zs", "Zl", "Zp", "Cc", "Mn"})
 
 
 class PromptChecker:
@@ -32,6 +36,8 @@ class PromptChecker:
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
         self._pad_id = tokenizer.token_to_id(PAD_TOKEN)
+        added = tokenizer.get_added_tokens_decoder().items()
+        self._special = {token_id: token.content for token_id, token in added if token.special}
         self.max_tokens = max_tokens
         self.max_prompts = max_prompts
 
@@ -59,7 +65,8 @@ class PromptChecker:
 
         Raises:
             TooManyPrompts: none, or more than `max_prompts`.
-            InvalidPrompt: one is blank, or longer than the text encoder reads; nothing is ever cut silently.
+            InvalidPrompt: one is blank (or has nothing visible in it), has a special token of the tokenizer in it,
+                or is longer than the text encoder reads; nothing is ever cut silently.
         """
         self.encode(prompts)
 
@@ -83,9 +90,15 @@ class PromptChecker:
         return input_ids, attention_mask
 
     def _tokens(self, text: str) -> list[int]:
-        if not text.strip():
+        if all(unicodedata.category(char) in _BLANK_CATEGORIES for char in text):
             raise InvalidPrompt("expected a text prompt that names something, got a blank one")
         tokens: list[int] = self._tokenizer.encode(text).ids
+        own = tokens[1:-1]  # without the start and the end that the tokenizer puts around every text
+        special = next((self._special[token] for token in own if token in self._special), None)
+        if special is not None:
+            raise InvalidPrompt(
+                f"the prompt has {special} in it, which the text encoder would obey, not read: leave it out"
+            )
         if len(tokens) > self.max_tokens:
             shown = text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…"
             raise InvalidPrompt(

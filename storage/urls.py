@@ -20,12 +20,24 @@ FILES_PATH = "/files/"  # where the service itself serves objects of the local s
 UPLOADS_PREFIX = "uploads/"  # what a bare key begins with
 
 # A presigned URL of a key of 1,024 bytes, all of them percent-encoded, with a session token, is below this.
-_MAX_URL_CHARS = 8192
+MAX_URL_CHARS = 8192
 _MAX_HOST_CHARS = 253  # RFC 1035, §2.3.4, as text
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::([0-9]{1,5}))?")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+# The query of a presigned GET: Signature Version 4, and what the JavaScript SDK adds (since 3.729 also the
+# checksum mode). Any other name asks for something that reading with our own credentials would not do.
+_SIGNED_WITH = frozenset({"x-amz-algorithm", "x-amz-credential", "x-amz-signature"})
+_SIGNATURE_NAMES = _SIGNED_WITH | {
+    "x-amz-date",
+    "x-amz-expires",
+    "x-amz-signedheaders",
+    "x-amz-security-token",
+    "x-amz-content-sha256",
+    "x-amz-checksum-mode",
+    "x-id",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +109,7 @@ class ImageUrls:
         Args:
             places: URLs whose next path segments are a key.
             buckets: Buckets for which `s3://bucket/key` is accepted.
-            accepted: The accepted forms in words, for the message of `ForeignUrl`.
+            accepted: Forms that may be told to anyone, in words, for the message of `ForeignUrl`.
         """
         # Where one place lies inside another, the inner one has the shorter, true key.
         self._places = sorted(places, key=lambda place: len(place.path), reverse=True)
@@ -123,8 +135,9 @@ class ImageUrls:
             places.append(endpoint_url.on_host(f"{bucket}.{endpoint_url.host}"))
         if public_url is not None:
             places.insert(0, BaseUrl.parse(public_url))
-        forms = [f"{place.text}/KEY" for place in places] + [f"s3://{bucket}/KEY", f"{UPLOADS_PREFIX}…"]
-        return cls(places, [bucket], ", ".join(forms))
+        # Endpoint and bucket are not named: the message ends up in a row that its owner reads.
+        forms = [f"{places[0].text}/KEY"] if public_url is not None else []
+        return cls(places, [bucket], ", ".join([*forms, f"{UPLOADS_PREFIX}…"]))
 
     @classmethod
     def for_local(cls, public_base_url: str) -> ImageUrls:
@@ -144,8 +157,8 @@ class ImageUrls:
     def key_of(self, image_url: str) -> str:
         """Find the key of the object that a URL names.
 
-        A presignature (a query of `X-Amz-…` names) is accepted and dropped: the store is read with our own
-        credentials. Percent-encoding is undone once, and nothing that is still encoded then is a key.
+        A presignature (a query of Signature Version 4) is accepted, not verified, and dropped: the store is read
+        with our own credentials. Percent-encoding is undone once, and nothing that is still encoded then is a key.
 
         Args:
             image_url: As a caller sent it: anything at all.
@@ -154,8 +167,8 @@ class ImageUrls:
             The key, which `validate_key` accepts. Whether there is such an object is not known.
 
         Raises:
-            ForeignUrl: the URL names nothing of ours. The message says why and which forms are accepted; it
-                shows neither query nor user-info.
+            ForeignUrl: the URL names nothing of ours. The message says why and how an image is best named; it
+                shows neither query nor user-info, and neither endpoint nor bucket.
         """
         try:
             return self._key_of(image_url)
@@ -237,8 +250,8 @@ def _split_authority(scheme: str, netloc: str) -> tuple[str, int] | None:
 
 def _check_characters(image_url: str) -> None:
     """Turn away what URL parsers drop or read in different ways, before any of them sees it."""
-    if len(image_url) > _MAX_URL_CHARS:
-        raise _NotOurs(f"it is longer than {_MAX_URL_CHARS} characters")
+    if len(image_url) > MAX_URL_CHARS:
+        raise _NotOurs(f"it is longer than {MAX_URL_CHARS} characters")
     if any(unicodedata.category(char) in ("Cc", "Cs") for char in image_url):
         raise _NotOurs("it has a control character or half a surrogate pair in it")
     if image_url != image_url.strip():
@@ -250,12 +263,11 @@ def _check_characters(image_url: str) -> None:
 
 
 def _check_query(query: str) -> None:
-    """Accept no query, or a presignature: names of `X-Amz-…`, and the `x-id` that some SDKs set as well."""
+    """Accept no query, or a presignature, whole and with nothing beside it."""
     if not query:
         return
     names = {name.lower() for name, _ in parse_qsl(query, keep_blank_values=True)}
-    signing = {name for name in names if name.startswith("x-amz-")}
-    if not signing or names - signing - {"x-id"}:
+    if not _SIGNED_WITH <= names <= _SIGNATURE_NAMES:
         raise _NotOurs("its query is not a presignature; a ? in a key is written %3F")
 
 

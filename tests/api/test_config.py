@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from api.backend import check_settings
 from api.config import ConfigurationError, Settings, read_settings
@@ -62,6 +63,15 @@ def test_a_public_url_without_r2_is_half_set_too(monkeypatch: pytest.MonkeyPatch
         settings_from(monkeypatch, {"R2_PUBLIC_URL": "https://images.example.com"})
 
 
+def test_a_bucket_of_ones_own_without_r2_is_half_set_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigurationError, match=r"^R2_ENDPOINT, .* is not set, but R2_BUCKET is: "):
+        settings_from(monkeypatch, {"R2_BUCKET": "other-bucket"})
+
+
+def test_the_usual_bucket_alone_is_no_sign_of_r2(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not settings_from(monkeypatch, {"R2_BUCKET": "s3-images"}).uses_r2
+
+
 @pytest.mark.parametrize("part", [R2, SUPABASE], ids=["R2", "Supabase"])
 def test_a_part_that_holds_data_needs_the_key(monkeypatch: pytest.MonkeyPatch, part: dict[str, str]) -> None:
     with pytest.raises(ConfigurationError, match=r"^API_SECRET_KEY is not set"):
@@ -82,6 +92,27 @@ def test_a_part_that_holds_data_needs_the_key(monkeypatch: pytest.MonkeyPatch, p
         ("S3_REQUEST_TIMEOUT_S", "-1"),
         ("S3_API_WORKERS", "0"),
         ("S3_LOG_LEVEL", "loud"),
+        ("S3_MAX_BATCH_SIZE", "1"),
+        ("S3_MAX_BATCH_SIZE", "257"),
+        ("SUPABASE_URL", "https://project.supabase.co:99999"),
+        ("SUPABASE_URL", "https://project.supabase.co:0"),
+        ("R2_PUBLIC_URL", "https://user:hunter2"),
+        ("R2_ENDPOINT", "https://[hunter2]"),
+        ("API_SECRET_KEY", " "),
+        ("API_SECRET_KEY", "hunter2\nhunter2"),
+        ("API_SECRET_KEY", "hunter2 hunter2"),
+        ("API_SECRET_KEY", "hunter2-schlüssel"),
+        ("R2_SECRET_ACCESS_KEY", "\n"),
+        ("SUPABASE_SERVICE_KEY", "hunter2\r\nhunter2"),
+        ("S3_CORS_ORIGINS", "example.com"),
+        ("S3_CORS_ORIGINS", "https://a.example/"),
+        ("S3_CORS_ORIGINS", "https://a.example/app"),
+        ("S3_CORS_ORIGINS", "https://a.example https://b.example"),
+        ("S3_CORS_ORIGINS", "https://A.example"),
+        ("S3_CORS_ORIGINS", "https://a.example:443"),
+        ("S3_CORS_ORIGINS", "https://a.example:99999"),
+        ("S3_CORS_ORIGINS", "https://*.a.example"),
+        ("S3_CORS_ORIGINS", "https://b.example,null"),
     ],
 )
 def test_a_wrong_value_names_its_variable_and_hides_itself(
@@ -90,6 +121,36 @@ def test_a_wrong_value_names_its_variable_and_hides_itself(
     with pytest.raises(ConfigurationError, match=name) as caught:
         settings_from(monkeypatch, {**R2, **SUPABASE, **KEY, name: value})
     assert "\n" not in str(caught.value) and "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["API_SECRET_KEY", "R2_SECRET_ACCESS_KEY", "SUPABASE_SERVICE_KEY"])
+def test_a_mounted_secret_loses_its_line_end(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    settings = settings_from(monkeypatch, {**R2, **SUPABASE, **KEY, name: " hunter2-!~\r\n"})
+    assert getattr(settings, name.lower()) == SecretStr("hunter2-!~")
+
+
+def test_origins_as_browsers_send_them_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    origins = ("*", "https://a.example", "http://localhost:5173", "http://[::1]:8080", "https://a.example:80")
+    assert settings_from(monkeypatch, {"S3_CORS_ORIGINS": ",".join(origins)}).cors_origins == origins
+
+
+def test_a_batch_may_be_as_small_as_bentoml_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settings_from(monkeypatch, {"S3_MAX_BATCH_SIZE": "2"}).max_batch_size == 2
+
+
+def test_r2_without_a_public_url_is_allowed_with_a_caution(monkeypatch: pytest.MonkeyPatch) -> None:
+    (caution,) = settings_from(monkeypatch, {**R2, **KEY}).cautions()
+    assert caution.startswith("R2_PUBLIC_URL is not set: mask_url names R2_ENDPOINT")
+
+
+def test_a_service_without_a_key_is_allowed_with_a_caution(monkeypatch: pytest.MonkeyPatch) -> None:
+    (caution,) = settings_from(monkeypatch, {}).cautions()
+    assert caution.startswith("API_SECRET_KEY is not set: ")
+
+
+def test_a_whole_configuration_needs_no_caution(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = {**R2, **SUPABASE, **KEY, "R2_PUBLIC_URL": "https://images.example.com"}
+    assert settings_from(monkeypatch, env).cautions() == ()
 
 
 def test_empty_values_count_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,14 +108,22 @@ def test_the_envelope_has_details_only_when_there_are_any() -> None:
 @pytest.mark.parametrize(
     ("status", "code"),
     [
+        (301, "NOT_FOUND"),
+        (307, "NOT_FOUND"),
         (400, "REQUEST_REFUSED"),
         (404, "NOT_FOUND"),
         (405, "METHOD_NOT_ALLOWED"),
+        (413, "BODY_TOO_LARGE"),
         (418, "REQUEST_REFUSED"),
+        (429, "OVERLOADED"),
         (500, "INTERNAL_ERROR"),
         (503, "MODEL_NOT_READY"),
+        (504, "TIMED_OUT"),
         (507, "INTERNAL_ERROR"),
     ],
 )
 def test_a_foreign_error_response_becomes_one_of_ours(status: int, code: str) -> None:
-    assert answer_of(error_of_status(status, "GET", "/x", {})).code == code
+    answer = answer_of(error_of_status(status, "GET", "/x", {"vary": "Origin"}))
+    assert (answer.code, answer.headers["vary"]) == (code, "Origin")
+    assert answer.message != answer.code
+    assert answer.status == status or code in ("NOT_FOUND", "REQUEST_REFUSED", "INTERNAL_ERROR")

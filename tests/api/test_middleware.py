@@ -18,7 +18,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.datastructures import State
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from api.access import KeyCheck
@@ -57,6 +57,10 @@ async def writes_its_own_error(request: Request) -> Response:
     )
 
 
+async def a_page(request: Request) -> Response:
+    return HTMLResponse("<script src=https://elsewhere.example></script>")
+
+
 async def breaks_off(request: Request) -> Response:
     async def body() -> AsyncIterator[bytes]:
         yield b"half"
@@ -84,6 +88,9 @@ ROUTES = [
     Route("/read", reads, methods=["POST"]),
     Route("/read-briefly", reads_briefly, methods=["POST"]),
     Route("/api/v1/fine", fine),
+    Route("/", a_page),
+    Route("/livez", fine),
+    Route("/readyz", writes_its_own_error),
 ]
 
 
@@ -131,6 +138,10 @@ def lines() -> Iterator[Any]:
         ("GET", "/api/v1/fine", 401, "UNAUTHORIZED"),
         ("GET", "/api/v1/nope", 401, "UNAUTHORIZED"),
         ("GET", "/files/nope", 401, "UNAUTHORIZED"),
+        ("GET", "/", 404, "NOT_FOUND"),
+        ("POST", "/", 404, "NOT_FOUND"),
+        ("GET", "/fine/", 404, "NOT_FOUND"),
+        ("GET", "/readyz/", 404, "NOT_FOUND"),
     ],
 )
 async def test_an_error_of_any_layer_has_the_one_form(method: str, path: str, status: int, code: str) -> None:
@@ -141,6 +152,7 @@ async def test_an_error_of_any_layer_has_the_one_form(method: str, path: str, st
     assert (body["success"], body["data"], body["error"]["code"]) == (False, None, code)
     assert body["meta"]["request_id"] == response.headers["X-Request-ID"]
     assert response.headers.get_list("content-type") == ["application/json"]
+    assert "location" not in response.headers
 
 
 async def test_a_foreign_error_keeps_what_the_caller_needs_and_nothing_else() -> None:
@@ -222,8 +234,29 @@ def test_a_log_line_tells_everything_that_it_was_given(lines: Any) -> None:
 
 async def test_probes_are_counted_but_not_logged(lines: Any) -> None:
     async with client_of() as client:
+        await client.get("/livez")
+    assert [line for line in lines() if line["message"] == "request"] == []
+
+
+async def test_a_probe_that_says_not_ready_is_logged(lines: Any) -> None:
+    async with client_of() as client:
         await client.get("/readyz")
-    assert lines() == []
+    (line,) = [line for line in lines() if line["message"] == "request"]
+    assert (line["route"], line["status"], line["outcome"]) == ("/readyz", 503, "MODEL_NOT_READY")
+    assert "path" not in line
+
+
+async def test_a_path_that_is_no_route_is_logged_but_not_its_query_nor_all_of_it(lines: Any) -> None:
+    async with client_of() as client:
+        await client.get("/nope?token=hunter2")
+        await client.get("/" + "x" * 10_000)
+        await client.get("/two%0Alines")
+    assert "hunter2" not in json.dumps(lines())
+    assert [(line["route"], line["path"]) for line in lines() if line["message"] == "request"] == [
+        ("unmatched", "/nope"),
+        ("unmatched", "/" + "x" * 199),
+        ("unmatched", "/two\nlines"),
+    ]
 
 
 def test_a_secret_is_blanked_out_even_where_json_escapes_it() -> None:

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from aiohttp import web
 
+from api.backend import make_backend
+from api.config import Settings
 from api.runner_link import BatchGate, RunnerClient, RunnerLost, RunnerTimedOut
 from sam3_runner.errors import InferenceFailed, RunnerError
 from sam3_runner.types import ItemError, SegmentItem, SegmentResult, TextPrompt
@@ -85,6 +87,14 @@ async def test_items_of_one_moment_share_requests_of_at_most_four(
 ) -> None:
     await asyncio.gather(*(client.segment(an_item()) for _ in range(10)))
     assert sorted(fake_runner.requests) == [2, 4, 4]
+
+
+async def test_no_request_is_larger_than_a_batch(tmp_path: Path, fake_runner: FakeRunner) -> None:
+    settings = Settings.model_validate({"s3_data_dir": tmp_path / "data", "s3_max_batch_size": 2})
+    backend = make_backend(settings, (tmp_path / "runner.sock").as_uri(), "http://127.0.0.1:8000")
+    await asyncio.gather(*(backend.client.segment(an_item()) for _ in range(5)))
+    await backend.aclose()
+    assert sorted(fake_runner.requests) == [1, 2, 2]
 
 
 async def test_an_item_alone_is_sent_at_once(client: RunnerClient, fake_runner: FakeRunner) -> None:

@@ -21,6 +21,11 @@ def test_a_sound_request_passes_with_the_default_threshold() -> None:
     assert request.all_prompts == ("cat",)
 
 
+def test_the_longest_presigned_url_passes() -> None:
+    url = "https://images.example.com/uploads/a.jpg?X-Amz-Security-Token=".ljust(8192, "x")
+    assert parse_request(PredictRequest, {**SOUND, "image_url": url}).image_url == url
+
+
 @pytest.mark.parametrize("value", [0, 1, 0.25])
 def test_whole_numbers_are_thresholds_too(value: float) -> None:
     assert parse_request(PredictRequest, {**SOUND, "score_threshold": value}).score_threshold == value
@@ -30,7 +35,7 @@ def test_whole_numbers_are_thresholds_too(value: float) -> None:
     ("field", "value"),
     [
         ("image_url", ""),
-        ("image_url", "x" * 2049),
+        ("image_url", "x" * 8193),
         ("image_url", "uploads/\x00.jpg"),
         ("image_url", None),
         ("image_url", ["uploads/a.jpg"]),

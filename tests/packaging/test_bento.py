@@ -57,6 +57,7 @@ def test_the_built_bento_finds_the_red_circles(bento_client: httpx.Client) -> No
     answer = bento_client.post("/api/v1/predict", json=request)
     assert answer.status_code == 200, answer.text
     found = [from_coco(instance["mask_rle"]) for instance in answer.json()["instances"]]
+    assert len(found) == 3
     mask, truth = union(found, found[0].size_hw), mask_of("red", "circle")
     assert (mask & truth).sum() / (mask | truth).sum() > 0.85
 

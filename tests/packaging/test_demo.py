@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 
 from examples.draw_shapes import SIZE_HW, mask_of
-from tests.sight import confuses_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 170  # a quarter of a minute is usual; less than pytest's own limit
@@ -57,26 +56,15 @@ def test_the_demo_finds_the_three_red_circles_and_leaves_nothing_running(tmp_pat
     assert mask.shape == SIZE_HW
     assert iou(mask, mask_of("red", "circle")) > 0.85
     answer = json.loads((tmp_path / "predict.json").read_text())
-    assert answer["labels"] == ["red circle"]
-    asked = [r["text_prompt"] for r in json.loads((tmp_path / "batch.json").read_text())["results"]]
-    assert asked == ["red circle", "blue square", "green star", "yellow ring", "purple cross"]
+    assert (answer["labels"], len(answer["instances"])) == (["red circle"], 3)
+    results = json.loads((tmp_path / "batch.json").read_text())["results"]
+    found = {result["text_prompt"]: len(result["instances"]) for result in results}
+    assert found == {"red circle": 3, "blue square": 1, "green star": 1, "yellow ring": 1, "purple cross": 0}
     for name in ("overlay.png", "overlay-batch.png"):
         with Image.open(tmp_path / name) as overlay:
             assert overlay.size == SIZE_HW[::-1]
     assert '"status": "done"' in result.stdout
     assert not is_listening(port_in(result.stdout))
-
-
-@confuses_shapes
-def test_the_demo_counts_every_kind_of_shape(tmp_path: Path) -> None:
-    assert demo(tmp_path).returncode == 0
-    answer = json.loads((tmp_path / "predict.json").read_text())
-    assert len(answer["instances"]) == 3
-    found = {
-        r["text_prompt"]: len(r["instances"])
-        for r in json.loads((tmp_path / "batch.json").read_text())["results"]
-    }
-    assert found == {"red circle": 3, "blue square": 1, "green star": 1, "yellow ring": 1, "purple cross": 0}
 
 
 def test_an_image_that_is_not_there_is_one_readable_line(tmp_path: Path) -> None:

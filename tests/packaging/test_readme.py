@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 
 from examples.draw_shapes import SHAPES_JPG, mask_of
-from tests.sight import confuses_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,7 +59,6 @@ def test_the_round_trip_by_curl_ends_with_the_mask(
     assert (mask & truth).sum() / (mask | truth).sum() > 0.85
 
 
-@confuses_shapes
 def test_the_library_example_prints_three_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     (example,) = blocks("README.md", "python")

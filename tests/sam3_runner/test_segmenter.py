@@ -10,10 +10,9 @@ from sam3_runner import rle
 from sam3_runner.errors import DeviceOutOfMemory, InvalidPrompt, TooManyPrompts
 from sam3_runner.images import resize_for_model
 from sam3_runner.segmenter import Segmenter
-from sam3_runner.training.evaluate import Question, Tally, evaluate
+from sam3_runner.training.evaluate import Question, evaluate
 from sam3_runner.training.scenes import Scene
 from sam3_runner.types import Segmentation, SegmentItem, TextPrompt
-from tests.sight import confuses_shapes
 
 
 def ask(*texts: str) -> tuple[TextPrompt, ...]:
@@ -45,34 +44,22 @@ PROMPT_SETS = [
 
 
 def test_a_batch_gives_the_same_answers_as_single_calls(demo: Segmenter, scenes: list[Scene]) -> None:
-    threshold = 0.2  # low, so that there is much to compare
-    items = [item_of(scene, texts, threshold) for scene, texts in zip(scenes, PROMPT_SETS, strict=True)]
+    items = [item_of(scene, texts) for scene, texts in zip(scenes, PROMPT_SETS, strict=True)]
     results = demo.segment_batch(items)
     found = 0
     for scene, texts, result in zip(scenes, PROMPT_SETS, results, strict=True):
         assert result.error is None
         assert result.batch_size == len(items)
-        alone = demo.segment(scene.image, ask(*texts), threshold)
-        for one, other in zip(result.segmentations, alone, strict=True):
+        for one, other in zip(result.segmentations, demo.segment(scene.image, ask(*texts)), strict=True):
             assert_same_answer(one, other)
             found += len(one.scores)
     assert found >= 5  # equal for a better reason than both being empty
 
 
-@pytest.fixture(scope="module")
-def tally(demo: Segmenter) -> Tally:
-    return evaluate(demo, scenes=40, seed=77)
-
-
-@confuses_shapes
-def test_the_demo_checkpoint_sees(tally: Tally) -> None:
+def test_the_demo_checkpoint_sees(demo: Segmenter) -> None:
+    tally = evaluate(demo, scenes=40, seed=77)
     assert tally.mean_iou > 0.8
     assert tally.f1 > 0.85
-
-
-def test_the_demo_checkpoint_sees_something_and_seldom_what_is_not_there(tally: Tally) -> None:
-    assert tally.mean_iou > 0.3
-    assert tally.f1 > 0.4
     assert tally.absent_share < 0.1
 
 

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 from transformers import CLIPTokenizer
 
 from sam3_runner.checkpoint import DEMO_CHECKPOINT
@@ -22,7 +25,9 @@ NASTY = [
     "it's a star's cross",
     "1234 5,6;7",
     "日本語 の 円",
-    "<|endoftext|>",
+    "<|EndOfText|>",
+    "<| endoftext |>",
+    "soft\u00adhyphen e\u0301 zero\u200bwidth",
     "a" * 40,
 ]
 
@@ -44,10 +49,35 @@ def test_tokens_equal_those_of_the_reference_tokenizer(prompts: PromptChecker, t
         assert input_ids.shape == attention_mask.shape == (1, prompts.max_tokens)
 
 
-@pytest.mark.parametrize("text", ["", " ", "\n\t", "\u00a0\u2003"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", " ", "\n\t", "\x00", "\u00a0\u2003", "\u2028\u2029", "\u200b", "\u2060", "\ufeff", "\u00ad"),
+        *("\u0301", "\u0301\u0302", " \u200b\u00ad \u0301"),
+    ],
+    ids=ascii,
+)
 def test_blank_prompts_are_refused(prompts: PromptChecker, text: str) -> None:
     with pytest.raises(InvalidPrompt, match="blank"):
         prompts.check([TextPrompt(text)])
+
+
+@pytest.mark.parametrize("special", ["<|startoftext|>", "<|endoftext|>"])
+@pytest.mark.parametrize("around", ["{}", "red circle{}", "{}red circle", "red{} circle", "{0}{0}"])
+def test_special_tokens_are_refused_not_obeyed(prompts: PromptChecker, special: str, around: str) -> None:
+    with pytest.raises(InvalidPrompt, match=f"has {re.escape(special)} in it.*leave it out"):
+        prompts.check([TextPrompt(around.format(special))])
+
+
+@pytest.mark.parametrize("special", ["<|startoftext|>", "<|endoftext|>"])
+def test_special_tokens_are_refused_in_whatever_spelling_a_tokenizer_obeys(special: str) -> None:
+    """One that looks for them after its normalisation, which lowers the case, finds them in capitals too."""
+    table = json.loads((DEMO_CHECKPOINT / "tokenizer.json").read_text())
+    for token in table["added_tokens"]:
+        token["normalized"] = True
+    checker = PromptChecker(Tokenizer.from_str(json.dumps(table)), max_tokens=32)
+    with pytest.raises(InvalidPrompt, match="leave it out"):
+        checker.check([TextPrompt(f"red {special.upper()} circle")])
 
 
 def test_a_prompt_longer_than_the_text_encoder_reads_is_refused_and_never_cut(prompts: PromptChecker) -> None:

@@ -58,7 +58,7 @@ class Picture:
 def picture() -> Picture:
     """A red circle and a blue square on grey, 320×240."""
     size = (320, 240)
-    image = Image.new("RGB", size, (128, 128, 128))
+    image = Image.new("RGB", size, (205, 205, 200))
     masks = {}
     shapes: dict[str, tuple[str, tuple[int, int, int], tuple[int, int, int, int]]] = {
         "red circle": ("ellipse", (214, 36, 38), (40, 60, 130, 150)),

@@ -228,9 +228,13 @@ def test_prompts_that_the_model_cannot_read_are_named(
     error = checked(local, response, BATCH)["error"]
     assert (response.status_code, error["code"]) == (422, "INVALID_PROMPT")
     assert [detail["field"] for detail in error["details"]] == ["prompts.1", "prompts.2"]
-    many = local.client.post(BATCH, json=ask_many(local_image, *["cat"] * 33))
-    assert checked(local, many, BATCH)["error"]["code"] == "TOO_MANY_PROMPTS"
-    assert row_of(local, body["task_id"]) is None
+    many = ask_many(local_image, *["cat"] * 33)
+    refused = local.client.post(BATCH, json=many)
+    assert checked(local, refused, BATCH)["error"]["code"] == "TOO_MANY_PROMPTS"
+    for asked, code in ((body, "INVALID_PROMPT"), (many, "TOO_MANY_PROMPTS")):
+        row = row_of(local, asked["task_id"])
+        assert row is not None
+        assert (row["status"], row["metadata"]["error"]["code"]) == ("error", code)
 
 
 def test_a_task_id_in_use_with_other_inputs_is_a_conflict_and_keeps_its_row(
@@ -267,6 +271,10 @@ def test_without_the_key_nothing_is_told(local: Served, method: str, path: str, 
     [
         ("GET", "/nope", 404, "NOT_FOUND"),
         ("GET", "/api/v1/nope", 404, "NOT_FOUND"),
+        ("GET", "/", 404, "NOT_FOUND"),
+        ("GET", "/readyz/", 404, "NOT_FOUND"),
+        ("POST", f"{PREDICT}/", 404, "NOT_FOUND"),
+        ("GET", "/files", 404, "NOT_FOUND"),
         ("GET", PREDICT, 405, "METHOD_NOT_ALLOWED"),
         ("POST", "/livez", 405, "METHOD_NOT_ALLOWED"),
         ("DELETE", "/files/uploads/a", 405, "METHOD_NOT_ALLOWED"),
@@ -279,6 +287,7 @@ def test_a_path_or_method_that_is_none_has_the_same_form(
     assert (response.status_code, response.json()["error"]["code"]) == (status, code)
     assert response.json()["meta"]["request_id"] == response.headers["X-Request-ID"] == "mine-1"
     assert ("Allow" in response.headers) == (status == 405)
+    assert "Location" not in response.headers
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import boto3
 import pytest
+from botocore.config import Config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -82,6 +84,13 @@ SIGNATURE = (
         pytest.param(f"{PUBLIC}/uploads/a.jpg?{SIGNATURE}", "uploads/a.jpg", id="presigned"),
         pytest.param(f"{ENDPOINT}/s3-images/a.jpg?{SIGNATURE}&x-id=GetObject", "a.jpg", id="presigned by JS"),
         pytest.param(
+            f"{ENDPOINT}/s3-images/a.jpg?X-Amz-Content-Sha256=UNSIGNED-PAYLOAD&{SIGNATURE}"
+            "&X-Amz-Security-Token=abc&x-amz-checksum-mode=ENABLED&x-id=GetObject",
+            "a.jpg",
+            id="presigned by JS since 3.729, with a session token",
+        ),
+        pytest.param(f"uploads/a.jpg?{SIGNATURE}", "uploads/a.jpg", id="bare key, presigned"),
+        pytest.param(
             f"{PUBLIC}/uploads/a.jpg?{SIGNATURE.lower()}", "uploads/a.jpg", id="presigned, lower case"
         ),
         pytest.param("s3://s3-images/uploads/my%20photo.jpg", "uploads/my photo.jpg", id="s3 encoded"),
@@ -122,6 +131,9 @@ HOSTILE_ANYWHERE = [
     pytest.param("uploads/..%2f..%2fetc/passwd", id="bare key encoded slash"),
     pytest.param("uploads/%2e%2e/a.jpg", id="bare key encoded dots"),
     pytest.param("uploads/a.jpg?x=1", id="bare key with a query"),
+    pytest.param("uploads/a.jpg?x-amz-acl=public-read", id="bare key with an S3 header"),
+    pytest.param("uploads/a.jpg?X-Amz-Signature=0123abcd", id="bare key with a signature alone"),
+    pytest.param(f"uploads/a.jpg?{SIGNATURE}&x-amz-acl=public-read", id="presignature and an S3 header"),
     pytest.param("uploads/a.jpg#x", id="bare key with a fragment"),
     pytest.param("uploads/a.jpg ", id="bare key with a blank behind"),
     pytest.param("uploads\\a.jpg", id="bare key with backslash"),
@@ -221,6 +233,17 @@ HOSTILE_TO_R2 = [
     pytest.param(
         f"https://img.example.com/uploads/a.jpg?{SIGNATURE};w=200#x", id="presignature and fragment"
     ),
+    *(
+        pytest.param(
+            "https://img.example.com/uploads/a.jpg?"
+            + "&".join(part for part in SIGNATURE.split("&") if not part.startswith(name)),
+            id=f"presignature without {name}",
+        )
+        for name in ("X-Amz-Algorithm", "X-Amz-Credential", "X-Amz-Signature")
+    ),
+    pytest.param(
+        f"https://img.example.com/uploads/a.jpg?{SIGNATURE}&X-Amz-Anything=1", id="presignature, unknown name"
+    ),
     pytest.param("https://img.example.com/uploads/a.jpg?NotX-Amz-Signature=1", id="nearly a presignature"),
     pytest.param("https://img.example.com/uploads/a.jpg#x", id="fragment"),
     pytest.param("https://img.example.com/uploads/" + "%61" * 3000, id="too long"),
@@ -287,10 +310,36 @@ def test_the_message_says_what_came_and_which_forms_are_accepted():
 
     assert str(caught.value) == (
         "image_url is not ours: its host is evil.example.com, port 443; accepted: "
-        "https://img.example.com/KEY, "
-        "https://account.r2.cloudflarestorage.com/s3-images/KEY, "
-        "https://s3-images.account.r2.cloudflarestorage.com/KEY, s3://s3-images/KEY, uploads/…"
+        "https://img.example.com/KEY, uploads/…"
     )
+
+
+@pytest.mark.parametrize("public_url", [PUBLIC, None])
+@pytest.mark.parametrize(
+    "url", ["https://img.example.com/..", "https://evil.example.com/a.jpg", "s3://other/a.jpg", "a.jpg", ""]
+)
+def test_no_message_names_the_account_or_the_bucket(url: str, public_url: str | None):
+    urls = ImageUrls.for_r2(endpoint=ENDPOINT, bucket="s3-images", public_url=public_url)
+    with pytest.raises(ForeignUrl, match=r"uploads/…$") as caught:
+        urls.key_of(url)
+    assert ENDPOINT not in str(caught.value) and "s3-images" not in str(caught.value)
+
+
+@pytest.mark.parametrize("session_token", [None, "t" * 1500])
+def test_what_boto3_presigns_is_read(session_token: str | None):
+    client = boto3.client(
+        "s3",
+        endpoint_url=ENDPOINT,
+        region_name="auto",
+        aws_access_key_id="key",
+        aws_secret_access_key="secret",
+        aws_session_token=session_token,
+        config=Config(signature_version="s3v4"),
+    )
+    url = client.generate_presigned_url(
+        "get_object", Params={"Bucket": "s3-images", "Key": "uploads/a b.jpg"}
+    )
+    assert R2.key_of(url) == "uploads/a b.jpg"
 
 
 def test_the_message_of_local_mode_names_the_services_own_url():
