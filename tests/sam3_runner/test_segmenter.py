@@ -44,10 +44,12 @@ PROMPT_SETS = [
 
 
 def test_a_batch_gives_the_same_answers_as_single_calls(demo: Segmenter, scenes: list[Scene]) -> None:
-    items = [item_of(scene, texts) for scene, texts in zip(scenes, PROMPT_SETS, strict=True)]
+    there = [f"{scene.objects[-1].colour} {scene.objects[-1].shape}" for scene in scenes]
+    prompts = [(*texts, present) for texts, present in zip(PROMPT_SETS, there, strict=True)]
+    items = [item_of(scene, texts) for scene, texts in zip(scenes, prompts, strict=True)]
     results = demo.segment_batch(items)
     found = 0
-    for scene, texts, result in zip(scenes, PROMPT_SETS, results, strict=True):
+    for scene, texts, result in zip(scenes, prompts, results, strict=True):
         assert result.error is None
         assert result.batch_size == len(items)
         for one, other in zip(result.segmentations, demo.segment(scene.image, ask(*texts)), strict=True):
