@@ -2,6 +2,10 @@
 
 `Sam3Model.forward` does all three at once, makes the masks of all queries and returns the last decoder layer
 alone. A test holds `decode` equal to it.
+
+One thing is as in Meta's code and not as in `Sam3Model.forward`: a prompt without boxes still ends in the geometry
+encoder's class token, which has looked at the image. SAM3 was trained with it; transformers leaves it out. Without
+boxes it depends on the image alone, so it is made once an image.
 """
 
 from __future__ import annotations
@@ -22,19 +26,26 @@ class ImageFeatures:
     Attributes:
         levels: (B, C, H_i, W_i) each, fine to coarse; the last one is what the DETR encoder reads.
         position: (1, C, H, W), the position encoding of the last level, the same for every image.
+        geometry: (B, 1, C), what the geometry encoder says of an image with no boxes marked on it.
     """
 
     levels: tuple[Tensor, ...]
     position: Tensor
+    geometry: Tensor
 
     def select(self, index: Tensor) -> ImageFeatures:
         """The features of chosen images, one for each entry of `index` (B,)."""
-        return ImageFeatures(tuple(level[index] for level in self.levels), self.position)
+        return ImageFeatures(
+            tuple(level[index] for level in self.levels), self.position, self.geometry[index]
+        )
 
     def repeat_each(self, times: int) -> ImageFeatures:
         """(I, …) -> (I·times, …), by expansion: its gradient is a sum, an index's is a slow scatter."""
-        repeated = (level[:, None].expand(-1, times, -1, -1, -1).flatten(0, 1) for level in self.levels)
-        return ImageFeatures(tuple(repeated), self.position)
+
+        def repeat(rows: Tensor) -> Tensor:
+            return rows[:, None].expand(-1, times, *rows.shape[1:]).flatten(0, 1)
+
+        return ImageFeatures(tuple(map(repeat, self.levels)), self.position, repeat(self.geometry))
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,13 @@ class TextFeatures:
     def select(self, index: Tensor) -> TextFeatures:
         """The features of chosen prompts, one for each entry of `index` (B,)."""
         return TextFeatures(self.tokens[index], self.is_token[index])
+
+    def append(self, tokens: Tensor) -> TextFeatures:
+        """With `tokens` (B, K, C), none of them padding, behind those there are."""
+        is_token = self.is_token.new_ones(tokens.shape[:2])
+        return TextFeatures(
+            torch.cat([self.tokens, tokens], dim=1), torch.cat([self.is_token, is_token], dim=1)
+        )
 
 
 @dataclass(frozen=True)
@@ -83,7 +101,21 @@ def encode_image(model: Sam3Model, pixel_values: Tensor) -> ImageFeatures:
     """
     vision = model.vision_encoder(pixel_values)
     # The last, coarsest level is made by the model's neck but not used by its detector.
-    return ImageFeatures(vision.fpn_hidden_states[:-1], vision.fpn_position_encoding[-2][:1])
+    levels, position = vision.fpn_hidden_states[:-1], vision.fpn_position_encoding[-2][:1]
+    return ImageFeatures(levels, position, _encode_no_boxes(model, levels[-1], position))
+
+
+def _encode_no_boxes(model: Sam3Model, level: Tensor, position: Tensor) -> Tensor:
+    """(I, C, H, W) features and their position encoding -> (I, 1, C), the geometry encoder's class token."""
+    encoder = model.geometry_encoder
+    pixels, positions = (part.flatten(2).transpose(1, 2) for part in (level, position))  # (·, H·W, C)
+    token = encoder.prompt_layer_norm(encoder.final_proj(encoder.cls_embed.weight)).expand(len(level), 1, -1)
+    for layer in encoder.layers:
+        token = layer(
+            prompt_feats=token, vision_feats=pixels, vision_pos_encoding=positions, prompt_mask=None
+        )
+    encoded: Tensor = encoder.output_layer_norm(token)
+    return encoded
 
 
 def encode_text(model: Sam3Model, input_ids: Tensor, attention_mask: Tensor) -> TextFeatures:
@@ -109,6 +141,7 @@ def decode(
         text: B prompts.
         drawn: (D,) for training: the pairs whose pixels are decoded, the semantic head's among them.
     """
+    text = text.append(image.geometry)
     finest_read = image.levels[-1]
     encoded = model.detr_encoder(
         vision_features=[finest_read],

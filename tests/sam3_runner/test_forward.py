@@ -31,7 +31,9 @@ def model() -> Sam3Model:
 def test_decode_equals_the_reference_forward(model: Sam3Model, plain: bool) -> None:
     pixels = torch.rand(1, 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX) * 2 - 1
     tokens = demo_tokenizer()(PROMPTS, padding=True, return_tensors="pt")
-    expected = model(pixel_values=pixels.expand(3, -1, -1, -1), **tokens)
+    # Only with a box does the reference run its geometry encoder; -10 marks the box as padding.
+    padding = {"input_boxes": torch.zeros(3, 1, 4), "input_boxes_labels": torch.full((3, 1), -10)}
+    expected = model(pixel_values=pixels.expand(3, -1, -1, -1), **tokens, **padding)
     if plain:
         torch.manual_seed(3)
         use_plain_attention(model)
@@ -50,5 +52,7 @@ def test_decode_equals_the_reference_forward(model: Sam3Model, plain: bool) -> N
 def test_selecting_and_repeating_features_agree(model: Sam3Model) -> None:
     features = encode_image(model, torch.rand(2, 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX))
     repeated, selected = features.repeat_each(2), features.select(torch.tensor([0, 0, 1, 1]))
-    for one, other in zip(repeated.levels, selected.levels, strict=True):
+    for one, other in zip(
+        [*repeated.levels, repeated.geometry], [*selected.levels, selected.geometry], strict=True
+    ):
         assert torch.equal(one, other)
