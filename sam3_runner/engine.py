@@ -150,7 +150,8 @@ class Engine(nn.Module):
 
         The result may be overwritten by the next call.
         """
-        return TextFeatures(*self._encode_texts(input_ids), attention_mask.bool())
+        (tokens,) = self._encode_texts(input_ids)
+        return TextFeatures(tokens, attention_mask.bool())
 
     def answer(self, images: EncodedImages, texts: TextFeatures) -> Answers:
         """Answer B pairs, at most `MAX_ROWS`.

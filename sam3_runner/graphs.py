@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -37,10 +37,10 @@ class CudaGraphs:
     Args:
         function: Takes and returns tensors, on one CUDA device, without waiting for it.
         sizes: Ascending numbers of rows; more cannot be asked.
-        pool: Memory shared with other recordings, of which one runs at a time.
+        pool: `torch.cuda.graph_pool_handle()`: memory shared with other recordings, of which one runs at a time.
     """
 
-    def __init__(self, function: Callable[..., Tensors], sizes: Sequence[int], pool: object) -> None:
+    def __init__(self, function: Callable[..., Tensors], sizes: Sequence[int], pool: Any) -> None:
         self._function = function
         self._sizes = tuple(sizes)
         self._pool = pool

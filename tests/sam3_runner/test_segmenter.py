@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,7 +102,7 @@ def test_a_second_question_about_an_image_skips_the_image_encoder(
     random_checkpoint: Path, scenes: list[Scene]
 ) -> None:
     segmenter = Segmenter.from_checkpoint(random_checkpoint)
-    engine = segmenter._engine
+    engine: Any = segmenter._engine
     items = [item_of(scene, ("circle", "square"), threshold=0.0) for scene in scenes[:2]]
     known = [dataclasses.replace(item, key=bytes([row])) for row, item in enumerate(items)]
     expected = segmenter.segment_batch([*known, known[0]])
@@ -158,7 +159,7 @@ def test_a_failing_batch_is_halved_until_what_fails_stands_alone(
 ) -> None:
     segmenter = Segmenter.from_checkpoint(random_checkpoint)
     items = [item_of(scene, ("circle",)) for scene in scenes[:5]]
-    engine = segmenter._engine
+    engine: Any = segmenter._engine
     sound = engine.backbone
     engine.backbone = FailsOnLargeBatches(sound, error, limit=1)
     assert all(result.error is None for result in segmenter.segment_batch(items))
