@@ -43,15 +43,15 @@ class PromptChecker:
 
     @classmethod
     def from_checkpoint(cls, path: Path | str, max_prompts: int = MAX_PROMPTS) -> PromptChecker:
-        """Read the tokenizer of a Hugging Face directory of SAM3.
+        """Read the tokenizer that lies beside the weights.
 
         Raises:
             CheckpointError: there is none, or it cannot be read.
         """
         checkpoint = Checkpoint.open(path)
-        file = checkpoint.path / "tokenizer.json"
+        file = checkpoint.folder / "tokenizer.json"
         if not file.exists():
-            raise CheckpointError(f"{file} is missing")
+            raise CheckpointError(f"{file} is missing: expected the tokenizer beside the weights")
         try:
             tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises a bare Exception
