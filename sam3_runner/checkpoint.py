@@ -101,9 +101,10 @@ class Checkpoint:
         from sam3_runner import loading
 
         detector = loading.read_contents(self.files).detector
-        if wrong := loading.misfits(self.config, detector):
+        model = loading.unset_model(self.config)
+        if wrong := loading.misfits(model.state_dict(), detector):
             raise CheckpointError(f"{self.path} does not fit the model: {loading.misfits_in_a_line(wrong)}")
-        return loading.build_model(self.config, detector, device, dtype or torch.float32)
+        return loading.fill(model, detector, device, dtype or torch.float32)
 
 
 def _weights_in(directory: Path) -> tuple[Path, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from sam3_runner import loading
@@ -34,8 +35,10 @@ def describe(checkpoint: Checkpoint) -> Description:
         CheckpointError: a file is broken, or this is not SAM3.
     """
     contents = loading.read_contents(checkpoint.files)
+    with torch.device("meta"):  # names and shapes, without memory behind them
+        expected = loading.unset_model(checkpoint.config).state_dict()
     faults = []
-    if wrong := loading.misfits(checkpoint.config, contents.detector):
+    if wrong := loading.misfits(expected, contents.detector):
         faults.append(f"{checkpoint.path} does not fit the model: {loading.misfits_in_a_line(wrong)}")
     try:
         PromptChecker.from_checkpoint(checkpoint.path)

@@ -95,13 +95,29 @@ def _other_model(names: Iterable[str]) -> str:
     return f"is not SAM3{which}: its tensors are {shown or 'none'}, where one of {expected} was expected"
 
 
-def misfits(config: Mapping[str, Any], detector: Mapping[str, Tensor]) -> list[str]:
+def unset_model(config: Mapping[str, Any]) -> Sam3Model:
+    """A model whose parameters are memory that nobody has touched; its buffers are computed, and right.
+
+    Raises:
+        CheckpointError: the configuration does not describe a SAM3.
+    """
+    try:
+        with no_init_weights():
+            return Sam3Model(Sam3Config.from_dict(dict(config)))
+    except Exception as error:  # transformers raises what a wrong value happens to break
+        words = " ".join(str(error).split())
+        raise CheckpointError(
+            f"config.json does not describe a SAM3 ({type(error).__name__}: {words})"
+        ) from error
+
+
+def misfits(expected: Mapping[str, Tensor], detector: Mapping[str, Tensor]) -> list[str]:
     """What keeps tensors from being the whole model, one line each: the missing, the unexpected, the misshapen.
 
-    Costs no memory: the model that they are compared with has no numbers in it.
+    Args:
+        expected: The model's own, for their names and shapes.
+        detector: By the model's names.
     """
-    with torch.device("meta"):
-        expected = _build_unset(config).state_dict()
     common = sorted(expected.keys() & detector.keys())
     return [
         *(f"missing: {name}" for name in sorted(expected.keys() - detector.keys())),
@@ -125,20 +141,19 @@ def misfits_in_a_line(lines: list[str]) -> str:
     return f"{len(lines):,} tensors are missing, unexpected or wrongly shaped ({shown})"
 
 
-def build_model(
-    config: Mapping[str, Any], detector: dict[str, Tensor], device: torch.device, dtype: torch.dtype
+def fill(
+    model: Sam3Model, detector: dict[str, Tensor], device: torch.device, dtype: torch.dtype
 ) -> Sam3Model:
-    """Make the model of tensors that fit it (see `misfits`), one at a time, so that no second copy ever stands.
+    """Give a model the tensors that fit it (see `misfits`), one at a time, so that no second copy ever stands.
 
     What is on the CPU in its own dtype stays mapped: it is read when it is first used.
 
     Args:
-        config: The detector's configuration.
+        model: From `unset_model`.
         detector: By the model's names; emptied.
-        device: Where parameters go.
-        dtype: Of the parameters. Buffers, the tables of rotary positions, stay float32.
+        device: Where parameters and buffers go.
+        dtype: Of the parameters. Buffers, the tables of rotary positions, stay as they are.
     """
-    model = _build_unset(config)
     placed = {}
     for name in list(detector):
         mapped = detector.pop(name)
@@ -146,17 +161,5 @@ def build_model(
         if placed[name].data_ptr() != mapped.data_ptr():
             release_pages(mapped)
     model.load_state_dict(placed, assign=True)
-    loaded: Sam3Model = model.to(device).eval().requires_grad_(False)
-    return loaded
-
-
-def _build_unset(config: Mapping[str, Any]) -> Sam3Model:
-    """A model whose parameters are memory that nobody has touched; its buffers are computed and right."""
-    try:
-        with no_init_weights():
-            return Sam3Model(Sam3Config.from_dict(dict(config)))
-    except Exception as error:  # transformers raises what a wrong value happens to break
-        words = " ".join(str(error).split())
-        raise CheckpointError(
-            f"config.json does not describe a SAM3 ({type(error).__name__}: {words})"
-        ) from error
+    filled: Sam3Model = model.to(device).eval().requires_grad_(False)
+    return filled

@@ -90,9 +90,10 @@ def _by_name(path: Path, content: Any) -> Iterator[tuple[str, Tensor]]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}: expected tensors by name")
     for name, tensor in content.items():
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
-            kind = f"{tensor.layout} tensor" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise CheckpointError(f"{path} holds a {kind} by the name {name!r}: expected plain tensors alone")
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(
+                f"{path} holds a {type(tensor).__name__} by the name {name!r}: expected tensors alone"
+            )
         yield str(name), tensor
 
 
