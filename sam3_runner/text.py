@@ -51,7 +51,7 @@ class PromptChecker:
         checkpoint = Checkpoint.open(path)
         file = checkpoint.folder / "tokenizer.json"
         if not file.exists():
-            raise CheckpointError(f"{file} is missing: expected the tokenizer beside the weights")
+            raise CheckpointError(f"{file} is missing")
         try:
             tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises a bare Exception

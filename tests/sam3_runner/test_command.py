@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -12,13 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-import torch
 
 from sam3_runner import __main__ as command
-from sam3_runner import loading
 from sam3_runner.checkpoint import DEMO_CHECKPOINT
 from tests.sam3_runner.checkpoint_forms import FORMS
-from tests.sam3_runner.meta_checkpoint import to_meta
 from tests.servers.hub import TOKEN, Hub
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,59 +85,6 @@ def test_info_says_what_does_not_fit_and_what_is_missing(
     misfit, tokenizer = err.splitlines()
     assert "does not fit the model" in misfit
     assert "tokenizer.json is missing" in tokenizer
-
-
-def write_large(folder: Path) -> Path:
-    """A `sam3.pt` of 300 MB, nearly all of it one table."""
-    config = json.loads((DEMO_CHECKPOINT / "config.json").read_text())
-    config["text_config"]["vocab_size"] = 750_000
-    with torch.device("meta"):
-        shapes = loading.unset_model(config).state_dict()
-    torch.save(
-        to_meta({name: torch.ones(tensor.shape) for name, tensor in shapes.items()}), folder / "sam3.pt"
-    )
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.json").write_bytes((DEMO_CHECKPOINT / "tokenizer.json").read_bytes())
-    return folder / "sam3.pt"
-
-
-# In a process of its own that has imported everything before. Peaks grow from one to the next, so that each is seen;
-# one number of each page is enough to have it read.
-MEASURE = """
-import resource, sys, torch
-from sam3_runner.checkpoint import DEMO_CHECKPOINT, Checkpoint
-from sam3_runner.info import describe
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-def load(path, dtype):
-    model = Checkpoint.open(path).load_model(torch.device("cpu"), dtype)
-    for tensor in model.parameters():
-        tensor.flatten()[::1024].sum()
-
-describe(Checkpoint.open(DEMO_CHECKPOINT))
-load(DEMO_CHECKPOINT, torch.float32)
-before = peak()
-describe(Checkpoint.open(sys.argv[1]))
-print(peak() - before)
-for dtype in (torch.bfloat16, torch.float32):
-    load(sys.argv[1], dtype)
-    print(peak() - before)
-"""
-
-
-def test_info_reads_no_weights_and_loading_peaks_at_the_size_of_the_file(tmp_path: Path) -> None:
-    path = write_large(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(path)], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    size = path.stat().st_size
-    assert size > 250e6
-    info, converted, loaded = (int(number) / size for number in done.stdout.split()[-3:])
-    assert info < 0.1
-    assert 0.2 < converted < 0.75, "bfloat16 is half of it, and what was converted is let go"
-    assert 0.9 < loaded < 1.3, "all of it was read, and once"
 
 
 def test_fetch_takes_the_token_of_the_settings_file_and_never_shows_it(tmp_path: Path) -> None:
