@@ -75,8 +75,7 @@ class PromptChecker:
             CheckpointError: there is none, or it cannot be read.
         """
         checkpoint = Checkpoint.open(path)
-        folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-        return cls(_read_tokenizer(folder), checkpoint.max_text_tokens, max_prompts)
+        return cls(_read_tokenizer(checkpoint.folder), checkpoint.max_text_tokens, max_prompts)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Refuse what the model cannot answer as it was asked.
