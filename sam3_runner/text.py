@@ -62,8 +62,8 @@ class PromptChecker:
 
     def __init__(self, tokenizer: Tokenizer, max_tokens: int, max_prompts: int = MAX_PROMPTS) -> None:
         self._model = tokenizer.model
-        self._start_id = tokenizer.token_to_id(START_TOKEN)
-        self._end_id = tokenizer.token_to_id(END_TOKEN)
+        vocabulary = tokenizer.get_vocab()
+        self._start_id, self._end_id = vocabulary[START_TOKEN], vocabulary[END_TOKEN]
         self.max_tokens = max_tokens
         self.max_prompts = max_prompts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -9,22 +10,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import Sam3Config, Sam3Model
-from transformers.initialization import no_init_weights
+from transformers import Sam3Config
 
-from sam3_runner.checkpoint import Checkpoint
-from sam3_runner.forward import decode, encode_image
+from sam3_runner import forward
+from sam3_runner import segmenter as segmenter_module
+from sam3_runner.forward import LayerOutputs
 from sam3_runner.images import resize_for_model
-from sam3_runner.meta_keys import from_meta
 from sam3_runner.rle import decode_mask
 from sam3_runner.segmenter import Segmenter
-from sam3_runner.text import VOCABULARY_FILE, PromptChecker
+from sam3_runner.text import VOCABULARY_FILE
 from sam3_runner.types import Segmentation, SegmentItem, TextPrompt
 from tests.parity.environment import bpe_file, meta_python
 
@@ -33,7 +34,6 @@ Arrays = dict[str, npt.NDArray[Any]]
 REFERENCE = Path(__file__).with_name("reference.py")
 TIMEOUT_S = 3600
 THRESHOLD = 0.5
-PAIRS_AT_ONCE = 4
 # What counts as the same answer, in float32.
 SCORE_TOLERANCE = 1e-4
 BOX_TOLERANCE_PX = 0.05
@@ -163,10 +163,32 @@ class MaskDifference:
     logit_there: float
 
 
+def is_same(found: Difference | MaskDifference) -> bool:
+    """Whether an answer is Meta's, within what rounding in float32 may do."""
+    if isinstance(found, Difference):
+        return (
+            found.same_kept
+            and found.score <= SCORE_TOLERANCE
+            and found.box_px <= BOX_TOLERANCE_PX
+            and found.mask_logit <= MASK_LOGIT_TOLERANCE
+        )
+    return (
+        found.same_count
+        and found.score <= SCORE_TOLERANCE
+        and found.box_px <= BOX_TOLERANCE_PX
+        and found.logit_there <= MASK_LOGIT_TOLERANCE
+    )
+
+
 def made_cases() -> list[Case]:
     """Images of all proportions, one of them grey, with one prompt or two."""
     generator = np.random.default_rng(5)
-    prompts = (("red circle", "a Dog's nose"), ("truck",), ("red circle",), ("Ünïted &amp; 2 stripes", "!+ shoe"))
+    prompts = (
+        ("red circle", "a Dog's nose"),
+        ("truck",),
+        ("red circle",),
+        ("Ünïted &amp; 2 stripes", "!+ shoe"),
+    )
     return [
         Case(_made_image(generator, size_hw, is_grey=number == 2), asked)
         for number, (size_hw, asked) in enumerate(
@@ -187,11 +209,20 @@ def _made_image(
 
 
 class Reference:
-    """What Meta's code answered. Its weights lie in `folder` as `sam3.pt`, with all that ours needs to load them."""
+    """What Meta's code answered.
+
+    Attributes:
+        folder: Where its weights lie as `sam3.pt`, with all that ours needs to load them.
+        cases: What it was asked.
+        seed: Of its weights.
+        seconds: That it took for each case.
+        versions: Of its libraries.
+    """
 
     def __init__(self, folder: Path, cases: Sequence[Case]) -> None:
         self.folder = folder
         self.cases = list(cases)
+        self.seed: int = json.loads((folder / "request.json").read_text())["seed"]
         done = json.loads((folder / "done.json").read_text())
         self.seconds: list[float] = done["seconds"]
         self.versions: dict[str, str] = done["versions"]
@@ -244,37 +275,45 @@ class Reference:
                     yield number, prompt, {name.partition(".")[2]: answers[name] for name in names}
 
 
-def load_ours(folder: Path) -> tuple[Sam3Model, Segmenter]:
-    """Our model from the `sam3.pt` that Meta's code wrote."""
-    checkpoint = Checkpoint(folder, json.loads((folder / "config.json").read_text()))
-    stored = torch.load(folder / "sam3.pt", mmap=True, weights_only=True)
-    with no_init_weights():
-        model = Sam3Model(Sam3Config.from_dict(checkpoint.config))
-    model.load_state_dict(from_meta(stored.get("model", stored)), assign=True)
-    model.eval().requires_grad_(False)
-    return model, Segmenter(model, checkpoint, PromptChecker.from_checkpoint(folder), torch.float32)
+@dataclass(frozen=True)
+class Answers:
+    """What ours says: `raw` of each pair in order, and `found` for each image and prompt, as callers get it."""
+
+    raw: list[Raw]
+    found: list[tuple[Segmentation, ...]]
+
+
+def ask_ours(segmenter: Segmenter, cases: Sequence[Case]) -> Answers:
+    """All images in one batch, watching what the model itself says on the way."""
+    with _watched_decodes() as outputs:
+        results = segmenter.segment_batch([_item(segmenter, case) for case in cases])
+    raw = [_raw(out, row) for out in outputs for row in range(len(out.presence_logits[-1]))]
+    return Answers(raw, [result.segmentations for result in results])
+
+
+@contextlib.contextmanager
+def _watched_decodes() -> Iterator[list[LayerOutputs]]:
+    seen: list[LayerOutputs] = []
+
+    def watched(*args: Any, **kwargs: Any) -> LayerOutputs:
+        seen.append(forward.decode(*args, **kwargs))
+        return seen[-1]
+
+    with mock.patch.object(segmenter_module, "decode", watched):
+        yield seen
 
 
 @torch.inference_mode()
-def ask_ours(model: Sam3Model, segmenter: Segmenter, cases: Sequence[Case]) -> list[Raw]:
-    """Our forward pass over several images in one batch; one answer for each pair, in order."""
-    items = [_item(segmenter, case) for case in cases]
-    images = encode_image(model, segmenter._pixel_values(items))
-    texts = segmenter._encode_texts([prompt for item in items for prompt in item.prompts])
-    owners = torch.tensor([number for number, case in enumerate(cases) for _ in case.prompts])
-    answers: list[Raw] = []
-    for rows in torch.arange(len(owners)).split(PAIRS_AT_ONCE):
-        out = decode(model, images.select(owners[rows]), texts.select(rows))
-        scores = out.logits[-1].sigmoid() * out.presence_logits[-1].sigmoid()[:, None]
-        masks = torch.einsum("bnc,bchw->bnhw", out.mask_embeddings[-1], out.pixel_embeddings)
-        answers += map(Raw, scores, out.boxes_cxcywh[-1], masks)
-    return answers
+def _raw(out: LayerOutputs, row: int) -> Raw:
+    scores = out.logits[-1, row].sigmoid() * out.presence_logits[-1, row].sigmoid()
+    masks = torch.einsum("nc,chw->nhw", out.mask_embeddings[-1, row], out.pixel_embeddings[row])
+    return Raw(scores, out.boxes_cxcywh[-1, row], masks)
 
 
 @torch.inference_mode()
-def ask_transformers(model: Sam3Model, segmenter: Segmenter, cases: Sequence[Case]) -> list[Raw]:
+def ask_transformers(segmenter: Segmenter, cases: Sequence[Case]) -> list[Raw]:
     """`Sam3Model.forward`, one image and prompt at a time, from the same pixels and tokens."""
-    answers: list[Raw] = []
+    model, answers = segmenter._model, list[Raw]()
     for case in cases:
         item = _item(segmenter, case)
         vision = model.get_vision_features(segmenter._pixel_values([item]))
@@ -332,9 +371,7 @@ def _largest(difference: Tensor) -> float:
     return float(difference.abs().max()) if difference.numel() else 0.0
 
 
-def final_differences(
-    reference: Reference, found: Sequence[Sequence[Segmentation]]
-) -> list[MaskDifference]:
+def final_differences(reference: Reference, found: Sequence[Sequence[Segmentation]]) -> list[MaskDifference]:
     """Of the answers that callers get, `found` for each case and prompt, as many cases as it holds."""
     flat = [answer for answers in found for answer in answers]
     return [
@@ -376,7 +413,10 @@ def _largest_logit(mask_logits: npt.NDArray[Any], where: npt.NDArray[np.bool_]) 
     for logits, chosen in zip(mask_logits, where, strict=True):
         if chosen.any():
             fine = torch.nn.functional.interpolate(
-                torch.from_numpy(logits).double()[None, None], chosen.shape, mode="bilinear", align_corners=False
+                torch.from_numpy(logits).double()[None, None],
+                chosen.shape,
+                mode="bilinear",
+                align_corners=False,
             )
             largest = max(largest, float(np.abs(fine[0, 0].numpy()[chosen]).max()))
     return largest

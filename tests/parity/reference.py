@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,8 @@ from torch.overrides import TorchFunctionMode
 
 warnings.simplefilter("ignore")  # Meta's code has many, about a GPU that is not there
 
-import sam3.model_builder as builder  # noqa: E402  # type: ignore[import-not-found]
-from sam3.model.sam3_image_processor import Sam3Processor  # noqa: E402  # type: ignore[import-not-found]
-
-MASKS_STORED = 200  # all queries' logits
+import sam3.model_builder as builder  # noqa: E402
+from sam3.model.sam3_image_processor import Sam3Processor  # noqa: E402
 
 
 class CudaIsCpu(TorchFunctionMode):
@@ -70,8 +69,7 @@ def _with(make: Callable[..., Any], changes: dict[str, Any]) -> Callable[..., An
 
 # How far a branch's last weights are scaled down: the residual stream then keeps what it had, and rounding errors
 # do not grow from layer to layer. The rest is scaled so that the answers are spread; see `spread_weights`.
-BRANCH_ENDS = ("attn.proj", "mlp.fc2", "attn.out_proj", "mlp.c_proj", "linear2", "ca_text.out_proj")
-BRANCH_ENDS += ("cross_attn_image.out_proj", "cross_attn.out_proj", "cross_attend_prompt.out_proj")
+BRANCH_ENDS = ("attn.proj", "mlp.fc2", "mlp.c_proj", "linear2", "out_proj")
 
 
 def spread_weights(model: nn.Module, seed: int) -> None:
@@ -84,9 +82,9 @@ def spread_weights(model: nn.Module, seed: int) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             _draw(name, parameter, generator)
-        decoder = model.get_submodule("transformer.decoder")
-        decoder.presence_token_head.layers[2].weight.mul_(0.2)
-        decoder.presence_token_head.layers[2].bias.fill_(1.5)
+        presence = model.get_submodule("transformer.decoder.presence_token_head.layers.2")
+        presence.get_parameter("weight").mul_(0.2)
+        presence.get_parameter("bias").fill_(1.5)
 
 
 def _draw(name: str, parameter: Tensor, generator: torch.Generator) -> None:
@@ -129,8 +127,8 @@ def answer(
         raw.update(outputs)
         return outputs
 
-    ground = model.forward_grounding
-    model.forward_grounding = lambda *args, **kwargs: remember(ground(*args, **kwargs))  # type: ignore[assignment]
+    ground: Callable[..., dict[str, Tensor]] = getattr(model, "forward_grounding")  # noqa: B009  # Meta's own
+    setattr(model, "forward_grounding", lambda *args, **kwargs: remember(ground(*args, **kwargs)))  # noqa: B010
     processor = Sam3Processor(model, resolution=input_size_px, device="cpu")
     found: dict[str, Any] = {}
     started = time.perf_counter()
@@ -149,7 +147,7 @@ def answer(
         masks = state["masks"][:, 0].numpy()  # (K, 1, H, W) -> (K, H, W)
         found[f"{number}.masks"] = np.packbits(masks.reshape(len(masks), -1), axis=1)
     times.append(time.perf_counter() - started)
-    model.forward_grounding = ground  # type: ignore[assignment]
+    setattr(model, "forward_grounding", ground)  # noqa: B010
     return found
 
 
@@ -168,7 +166,7 @@ def run_model(folder: Path, bpe: str) -> None:
         with CudaIsCpu():
             found = answer(model, folder / case["image"], case["prompts"], request["input_size_px"], times)
         np.savez(folder / f"answer-{number}.npz", **found)
-    versions = {"torch": torch.__version__, "numpy": np.__version__}
+    versions = {name: version(name) for name in ("sam3", "torch", "torchvision", "numpy")}
     (folder / "done.json").write_text(json.dumps({"seconds": times, "versions": versions}))
 
 

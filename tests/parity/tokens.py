@@ -42,7 +42,9 @@ def reference_tokens(
     with tempfile.TemporaryDirectory() as folder:
         request = Path(folder) / "request.json"
         request.write_text(json.dumps({"texts": list(texts), "context_length": context_length}))
-        command = [python, REFERENCE, "tokens", request, vocabulary or bpe_file(python)]
+        command = [
+            str(part) for part in (python, REFERENCE, "tokens", request, vocabulary or bpe_file(python))
+        ]
         answer = subprocess.run(command, check=True, capture_output=True, timeout=TIMEOUT_S)
     return ReferenceTokens(**json.loads(answer.stdout))
 
