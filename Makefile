@@ -1,7 +1,7 @@
 # `make demo` on a bare machine (Linux, Python 3.11 or newer, git, make) does everything itself.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test test-all check fix bench bento pins
+.PHONY: help install demo serve weights test test-all check fix bench bento pins
 
 BIN := .venv/bin
 # Set on make's command line alone: some systems export HOST, and that must not open the service to the network.
@@ -25,6 +25,9 @@ demo: install ## Segment examples/shapes.jpg through the real API (IMAGE=photo.j
 serve: install ## The service on http://127.0.0.1:8000 (HOST=, PORT=)
 	@$(BIN)/python scripts/check_port.py $(HOST) $(PORT)
 	@exec $(BIN)/bentoml serve service:S3Backend --host $(HOST) --port $(PORT)
+
+weights: install ## Fetch the real SAM3 (3.4 GB, gated: HF_TOKEN) into weights/sam3
+	@$(BIN)/python -m sam3_runner fetch $(ARGS)
 
 test: install ## The tests (ARGS="-k urls" for some of them)
 	@$(BIN)/python -m pytest -m "not slow" $(ARGS)

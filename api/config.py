@@ -179,7 +179,7 @@ class Settings(BaseSettings):
         Raises:
             ConfigurationError: `SAM3_WEIGHTS_PATH`, or the demo checkpoint without it, is not there.
         """
-        if self.weights_path.exists():
+        if os.path.exists(self.weights_path):  # false, not an error, where we may not look
             return
         if self.sam3_weights_path is not None:
             raise ConfigurationError(

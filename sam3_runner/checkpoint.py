@@ -1,15 +1,14 @@
-"""Where SAM3's weights lie, and how they become a model. Nothing is ever left at random."""
+"""Where SAM3's weights lie, and how they become a model. Nothing is ever left at random. Needs no torch to look."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sam3_runner.errors import CheckpointError
+from sam3_runner.weights_file import form_of, unreadable
 
 if TYPE_CHECKING:
     import torch
@@ -17,132 +16,163 @@ if TYPE_CHECKING:
 
 DEMO_CHECKPOINT = Path(__file__).parent.parent / "weights" / "demo"
 MODEL_TYPES = ("sam3", "sam3_video")  # the image layout, and the video layout, which holds the detector too
-NAMED_TENSORS = 10  # how many an error names; a wrong checkpoint has hundreds
+# Of a directory's files, the first that is there: many directories hold the same weights twice.
+INDEX, PREFERRED = "model.safetensors.index.json", ("model.safetensors", "sam3.pt")
+WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+EXPECTED = "expected SAM3's weights: Meta's sam3.pt, a safetensors file, or a Hugging Face directory"
+# What a file without config.json is: the one SAM3 that Meta published.
+FULL_INPUT_SIZE_PX = 1008
+FULL_MAX_TEXT_TOKENS = 32
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A Hugging Face directory of SAM3, looked at but not loaded.
+    """SAM3's weights on disk, found but not loaded.
 
     Attributes:
-        path: The directory, with `config.json`, safetensors, tokenizer and image processor.
-        config: The detector's part of `config.json`.
+        path: As given: a directory or a file.
+        files: The weights: one file, or the shards of one.
+        config: The detector's part of `config.json`; empty for a file without one, which is the full SAM3.
     """
 
     path: Path
+    files: tuple[Path, ...]
     config: dict[str, Any]
 
     @classmethod
     def open(cls, path: Path | str) -> Checkpoint:
-        """Look at a directory without loading its weights.
+        """Find the weights, and tell what kind of files they are, by their content; nothing is loaded.
 
         Raises:
-            CheckpointError: it is not there, or not a directory of SAM3.
+            CheckpointError: nothing is there, or what is there is no weights file or of another model.
         """
         path = Path(path)
-        if not path.exists():
-            raise CheckpointError(f"{path} does not exist: expected a Hugging Face directory of SAM3")
-        if not path.is_dir():
-            raise CheckpointError(
-                f"{path} is a file: expected a Hugging Face directory of SAM3 "
-                "(config.json, model.safetensors, tokenizer.json)"
-            )
-        config = _read_json(path / "config.json")
-        if config.get("model_type") not in MODEL_TYPES:
-            raise CheckpointError(
-                f"{path / 'config.json'} is of model_type {config.get('model_type')!r}: expected one of {MODEL_TYPES}"
-            )
-        return cls(path, config.get("detector_config", config))
+        try:
+            is_directory, is_there = path.is_dir(), path.exists()
+        except OSError as error:
+            raise unreadable(path, error) from error
+        if not is_there:
+            raise CheckpointError(f"{path} does not exist: {EXPECTED}")
+        config = _read_config(path if is_directory else path.parent, is_whole=is_directory)
+        files = _weights_in(path) if is_directory else (path,)
+        for file in files:
+            form_of(file)
+        return cls(path, files, config)
+
+    @property
+    def folder(self) -> Path:
+        """Where what belongs to the weights lies: the tokenizer, `config.json`."""
+        return self.files[0].parent
 
     @property
     def version(self) -> str:
-        """The directory's name: "demo" for the demo checkpoint."""
-        return self.path.resolve().name
+        """The directory's or the file's name: "demo" for the demo checkpoint, "sam3" for `sam3.pt`."""
+        path = self.path.resolve()
+        return path.name if path.is_dir() else path.stem
 
     @property
     def input_size_px(self) -> int:
         """Side of the square that images are resized to."""
-        size: int | list[int] = self.config["vision_config"]["backbone_config"]["image_size"]
+        vision = self.config.get("vision_config", {}).get("backbone_config", {})
+        size: int | list[int] = vision.get("image_size", FULL_INPUT_SIZE_PX)
         return size if isinstance(size, int) else size[0]
 
     @property
     def max_text_tokens(self) -> int:
         """Tokens that the text encoder reads, start and end included."""
-        return int(self.config["text_config"]["max_position_embeddings"])
+        text = self.config.get("text_config", {})
+        return int(text.get("max_position_embeddings", FULL_MAX_TEXT_TOKENS))
 
-    def load_model(self, device: torch.device) -> Sam3Model:
-        """Load the weights, in float32, onto `device`, ready for inference.
+    def load_model(self, device: torch.device, dtype: torch.dtype | None = None) -> Sam3Model:
+        """Load the weights straight onto `device`, ready for inference.
 
+        Host memory peaks at the file's size, or at the converted size where `dtype` is not the file's own. On a CPU
+        in the file's own dtype the parameters stay mapped: do not write into the file while the model lives.
+
+        Args:
+            device: Where parameters and buffers go.
+            dtype: Of the parameters; float32 if not given.
         Raises:
-            CheckpointError: a tensor is missing, left over or of another shape; the first ten are named.
+            CheckpointError: a file is broken, or a tensor is missing, left over or of another shape; the first ten
+                are named, and all are counted.
         """
-        from transformers import Sam3Config, Sam3Model
+        import torch
 
-        if not list(self.path.glob("*.safetensors")):
-            raise CheckpointError(f"{self.path} holds no .safetensors file")
-        try:
-            with _quiet_library():
-                model, report = Sam3Model.from_pretrained(
-                    self.path,
-                    config=Sam3Config.from_dict(self.config),
-                    dtype="float32",
-                    local_files_only=True,
-                    output_loading_info=True,
-                    ignore_mismatched_sizes=True,
-                )
-        except Exception as error:  # safetensors, OSError, ValueError: all say that the files are broken
-            raise CheckpointError(f"{self.path} cannot be loaded: {error}") from error
-        self._refuse_misfits(report)
-        loaded: Sam3Model = model.to(device).eval().requires_grad_(False)
-        return loaded
+        from sam3_runner import loading
 
-    def _refuse_misfits(self, report: dict[str, Any]) -> None:
-        kinds = {
-            "missing": "missing_keys",
-            "unexpected": "unexpected_keys",
-            "wrongly shaped": "mismatched_keys",
-        }
-        misfits = [
-            f"{kind}: {_name(key)}" for kind, keys in kinds.items() for key in sorted(report[keys], key=_name)
-        ]
-        if misfits:
-            shown = "; ".join(misfits[:NAMED_TENSORS])
-            raise CheckpointError(
-                f"{self.path} does not fit the model: {len(misfits)} tensors are missing, unexpected or "
-                f"wrongly shaped ({shown}{'; …' if len(misfits) > NAMED_TENSORS else ''})"
-            )
+        contents = loading.read_contents(self.files)
+        model = loading.unset_model(self.config)
+        if wrong := loading.misfits(model.state_dict(), contents.detector):
+            raise CheckpointError(f"{self.path} does not fit the model: {loading.misfits_in_a_line(wrong)}")
+        if contents.layout is not loading.IMAGE:  # with the tracker beside it: Meta's, in whatever form
+            loading.compute_as_meta(model)
+        return loading.fill(model, contents.detector, device, dtype or torch.float32)
 
 
-@contextlib.contextmanager
-def _quiet_library() -> Iterator[None]:
-    """Keep transformers from printing a progress bar and tables of what does not fit: the error says it in a line."""
-    from transformers.utils import logging as library
-
-    verbosity, has_bar = library.get_verbosity(), library.is_progress_bar_enabled()
-    library.set_verbosity(library.CRITICAL)
-    library.disable_progress_bar()
+def _weights_in(directory: Path) -> tuple[Path, ...]:
     try:
-        yield
-    finally:
-        library.set_verbosity(verbosity)
-        if has_bar:
-            library.enable_progress_bar()
+        names = sorted(file.name for file in directory.iterdir())
+    except OSError as error:
+        raise unreadable(directory, error) from error
+    if INDEX in names:
+        return _shards(directory)
+    weights = [name for name in names if name.endswith(WEIGHTS_SUFFIXES)]
+    for name in PREFERRED:
+        if name in weights:
+            return (directory / name,)
+    if not weights:
+        raise CheckpointError(f"{directory} holds no weights: {EXPECTED}")
+    if len(weights) > 1:
+        raise CheckpointError(
+            f"{directory} holds several weights files ({', '.join(weights)}): name one of them"
+        )
+    return (directory / weights[0],)
 
 
-def _name(key: str | tuple[Any, ...]) -> str:
-    """A tensor's name; mismatches come with their two shapes."""
-    if isinstance(key, str):
-        return key
-    name, *shapes = key
-    return f"{name} {' instead of '.join(str(tuple(shape)) for shape in shapes)}"
+def _shards(directory: Path) -> tuple[Path, ...]:
+    """The files that the index names, all of them there."""
+    index = directory / INDEX
+    placed = _read_json(index).get("weight_map")
+    if not isinstance(placed, dict) or not placed:
+        raise CheckpointError(f"{index} has no weight_map: expected which tensor is in which file")
+    names = sorted({str(name) for name in placed.values()})
+    if strays := [name for name in names if Path(name).name != name]:
+        raise CheckpointError(f"{index} names {strays[0]!r}: expected files of the same directory")
+    if missing := [name for name in names if not (directory / name).exists()]:
+        raise CheckpointError(
+            f"{directory} lacks {len(missing)} of its {len(names)} weights files: {', '.join(missing)}; "
+            "fetch the rest"
+        )
+    return tuple(directory / name for name in names)
+
+
+def _read_config(folder: Path, *, is_whole: bool) -> dict[str, Any]:
+    """The detector's configuration.
+
+    Args:
+        folder: Where `config.json` may lie.
+        is_whole: Whether the folder was named, and not a file in it, which may have strangers for neighbours.
+    """
+    file = folder / "config.json"
+    if not file.exists():
+        return {}
+    config = _read_json(file)
+    if config.get("model_type") not in MODEL_TYPES:
+        if not is_whole:
+            return {}
+        raise CheckpointError(
+            f"{file} is of model_type {config.get('model_type')!r}: expected one of {MODEL_TYPES}"
+        )
+    detector: dict[str, Any] = config.get("detector_config", config)
+    return detector
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: expected a Hugging Face directory of SAM3") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except ValueError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a JSON object")

@@ -75,10 +75,10 @@ class Segmenter:
         *,
         max_prompts: int = MAX_PROMPTS,
     ) -> Segmenter:
-        """Load a Hugging Face directory of SAM3.
+        """Load SAM3, in any form that `Checkpoint.open` knows.
 
         Args:
-            path: The directory; the demo checkpoint if not given.
+            path: The file or directory; the demo checkpoint if not given.
             device: "cpu", "cuda" or "cuda:1".
             dtype: float32 or bfloat16; bfloat16 on a GPU and float32 on a CPU if not given.
             max_prompts: Prompts allowed for one image.

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGETS = ("install", "demo", "serve", "test", "test-all", "check", "fix", "bench", "bento")
+TARGETS = ("install", "demo", "serve", "weights", "test", "test-all", "check", "fix", "bench", "bento")
 READMES = ("README.md", "README.ko.md")
 
 
