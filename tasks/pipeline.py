@@ -404,7 +404,7 @@ def _inputs(job: Job, image_key: str = "") -> TaskInputs:
 def _encode_union(masks: Sequence[RunLengthMask], size_hw: tuple[int, int]) -> tuple[bytes, float]:
     """The union as PNG, and the milliseconds that it took."""
     began = time.perf_counter()
-    png = encode_png(rle.union(masks, size_hw))
+    png = encode_png(rle.union_rle(masks, size_hw))
     return png, (time.perf_counter() - began) * 1000
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from sam3_runner import rle
-from sam3_runner.upsample import encode_crop, masks_from_logits
+from sam3_runner.upsample import masks_from_logits
 
 
 def upsample_whole(logits: torch.Tensor, size_hw: tuple[int, int]) -> np.ndarray:
@@ -45,15 +45,3 @@ def test_uniform_logits_give_full_and_empty_masks(value: float) -> None:
 
 def test_no_logits_give_no_masks() -> None:
     assert masks_from_logits(torch.zeros(0, 8, 8), (30, 20)) == ()
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_a_crop_encodes_as_the_full_mask_would(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    height, width = rng.integers(1, 12, 2)
-    top, left = rng.integers(0, height), rng.integers(0, width)
-    crop = rng.random((rng.integers(1, height - top + 1), rng.integers(1, width - left + 1))) > 0.4
-    full = np.zeros((height, width), bool)
-    full[top : top + crop.shape[0], left : left + crop.shape[1]] = crop
-    encoded = encode_crop(np.ascontiguousarray(crop.T), (int(top), int(left)), (int(height), int(width)))
-    np.testing.assert_array_equal(encoded.counts, rle.encode_mask(full).counts)
