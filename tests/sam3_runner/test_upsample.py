@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sam3_runner import rle
+from sam3_runner import rle, upsample
 from sam3_runner.upsample import masks_from_logits
 
 
@@ -45,3 +45,23 @@ def test_uniform_logits_give_full_and_empty_masks(value: float) -> None:
 
 def test_no_logits_give_no_masks() -> None:
     assert masks_from_logits(torch.zeros(0, 8, 8), (30, 20)) == ()
+
+
+def test_masks_do_not_depend_on_their_neighbours_nor_on_how_many_go_through_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logits = smooth_logits(7, 9, (30, 20), 0.0)
+    together = masks_from_logits(logits, (100, 77))
+    monkeypatch.setattr(upsample, "_TAPS_AT_ONCE", 1300)
+    monkeypatch.setattr(upsample, "_PAIRS_AT_ONCE", 50)
+    for one, mask in zip(masks_from_logits(logits, (100, 77)), together, strict=True):
+        np.testing.assert_array_equal(one.counts, mask.counts)
+
+
+@pytest.mark.parametrize("size_hw", [(64, 64), (50, 37), (9, 11), (16, 16)])
+def test_noise_with_exact_zeros_equals_the_whole_image_too(size_hw: tuple[int, int]) -> None:
+    logits = torch.randint(-2, 3, (6, 16, 16), generator=torch.Generator().manual_seed(1)).float()
+    expected = upsample_whole(logits, size_hw)
+    for mask, whole in zip(masks_from_logits(logits, size_hw), expected, strict=True):
+        differs = rle.decode_mask(mask) != (whole > 0)
+        assert np.abs(whole[differs]).max(initial=0) < 1e-5
