@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +88,7 @@ class Tally:
 
 def decoded(data: bytes, size_hw: tuple[int, int], eighths: int, side: int) -> Pixels:
     """The model's input from a JPEG decoded at so many eighths."""
-    height, width = (-(-one * eighths // 8) for one in size_hw)
+    height, width = (one * eighths // 8 for one in size_hw)
     return resize_for_model(simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width), side)
 
 
@@ -99,9 +100,9 @@ def jpeg(image: Image.Image, quality: int = 92) -> bytes:
 
 
 def enlarged(scene: Pixels, short_px: float, random: np.random.Generator) -> Image.Image:
-    """The scene at another size, with a sensor's noise, so that there is detail to lose."""
+    """The scene at another size, of multiples of 8, with a sensor's noise, so that there is detail to lose."""
     scale = short_px / min(scene.shape[:2])
-    size_wh = round(scene.shape[1] * scale), round(scene.shape[0] * scale)
+    size_wh = math.ceil(scene.shape[1] * scale / 8) * 8, math.ceil(scene.shape[0] * scale / 8) * 8
     large = np.asarray(Image.fromarray(scene).resize(size_wh, Image.Resampling.BICUBIC), np.int16)
     noise = random.integers(-12, 13, (*large.shape[:2], 1), np.int16)
     return Image.fromarray((large + noise).clip(0, 255).astype(np.uint8))
@@ -114,7 +115,8 @@ def pairs(question: Question, side: int, random: np.random.Generator) -> Iterato
         image = enlarged(question.scene.image, side * cover * 8 / eighths, random)
         data, size_hw = jpeg(image), (image.height, image.width)
         whole = decoded(data, size_hw, 8, side)
-        yield name, whole, decoded(data, size_hw, eighths, side)
+        covers = f"{name}, {'1 to 1.5' if cover < 1.5 else '1.5 to 2'} times the input"
+        yield covers, whole, decoded(data, size_hw, eighths, side)
         if eighths != 4:
             continue
         again = Image.open(io.BytesIO(data))
@@ -146,7 +148,7 @@ def table(tallies: dict[str, Tally]) -> str:
         "| change | kept set equal | instances | IoU ≥ 0.99 | median IoU | least | score error | levels |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, tally in tallies.items():
+    for name, tally in sorted(tallies.items()):
         seen = tally.figures()
         lines.append(
             f"| {name} | {seen['same_set']} of {seen['scenes']} | {seen['instances']} | {seen['iou_099_share']} "
@@ -168,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
     seen = conditions(rounds=1)
     options.out.mkdir(parents=True, exist_ok=True)
     with (options.out / "jpeg_decisions.csv").open("w", newline="") as file:
-        rows = [seen | {"change": name} | tally.figures() for name, tally in tallies.items()]
+        rows = [seen | {"change": name} | tally.figures() for name, tally in sorted(tallies.items())]
         writer = csv.DictWriter(file, [*rows[0]])
         writer.writeheader()
         writer.writerows(rows)

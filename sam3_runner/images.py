@@ -59,9 +59,6 @@ MAX_PARTS: Final = 50_000
 # libjpeg scales by n/8 while it decodes. Only these have vector code: 3/8 takes longer than 4/8, 6/8 than 8/8.
 _JPEG_EIGHTHS: Final = (1, 2, 4)
 
-# How many times the model's input both sides of a scaled JPEG must at least be.
-JPEG_MARGIN: Final = 1.0
-
 # Pixels that leave Pillow's memory at once: up to this many stay in the processor's cache.
 _STRIP_PX: Final = 1 << 16
 
@@ -450,17 +447,29 @@ def _decode_jpeg(
     """
     if header.format != "JPEG" or file.mode not in ("RGB", "L"):
         return None
-    height, width = header.size_hw
-    eighths = next((n for n in _JPEG_EIGHTHS if min(height, width) * n >= 8 * JPEG_MARGIN * input_size_px), 8)
-    scaled_hw = -(-height * eighths // 8), -(-width * eighths // 8)
+    eighths = _jpeg_eighths(header.size_hw, input_size_px)
+    height, width = (side * eighths // 8 for side in header.size_hw)
     try:
-        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=scaled_hw[0], min_width=scaled_hw[1])
+        pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(
+            data, "RGB", min_height=height, min_width=width
+        )
     except ValueError:
         return None
-    if pixels.shape != (*scaled_hw, 3):
+    if pixels.shape != (height, width, 3):
         return None
     to_srgb = _to_srgb(file.info.get("icc_profile"), "RGB") if file.mode == "RGB" else None
     return _to_array(ImageCms.applyTransform(Image.fromarray(pixels), to_srgb)) if to_srgb else pixels
+
+
+def _jpeg_eighths(size_hw: tuple[int, int], input_size_px: int) -> int:
+    """The smallest n of n/8 that covers the model's input and divides both sides evenly.
+
+    libjpeg rounds an odd side up; taken for the whole picture, all of it would then be shifted a little.
+    """
+    for n in _JPEG_EIGHTHS:
+        if min(size_hw) * n >= 8 * input_size_px and all(side * n % 8 == 0 for side in size_hw):
+            return n
+    return 8
 
 
 # --- is it all there ----------------------------------------------------------------------------------------

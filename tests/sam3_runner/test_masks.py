@@ -44,6 +44,7 @@ class TestPng:
         assert image.size == size_hw[::-1]
         assert image.getextrema() == (255 * value, 255 * value)
 
+    @pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning")
     @pytest.mark.parametrize("cells", [9, 60, 400])
     def test_libpng_reads_what_the_runs_decode_to(self, cells: int) -> None:
         noise = np.random.default_rng(cells).random((cells, cells)) < 0.4
