@@ -38,11 +38,10 @@ def prepare(folder: Path, python_version: str) -> None:
     """Make the folder anew."""
     shutil.rmtree(folder, ignore_errors=True)
     uv = Path(sys.executable).with_name("uv")
+    aim = ("--python", sys.executable, "--python-version", python_version, "--python-platform", PLATFORM)
+    wheels = ("--no-deps", "--only-binary", ":all:", "--no-binary", "iopath")  # which is published as source
     subprocess.run(
-        [uv, "pip", "install", "--quiet", "--no-deps", "--only-binary", ":all:"]
-        + ["--no-binary", "iopath", "--python", sys.executable, "--python-version", python_version]
-        + ["--python-platform", PLATFORM, "--target", folder, *PACKAGES],
-        check=True,
+        [uv, "pip", "install", "--quiet", *wheels, *aim, "--target", folder, *PACKAGES], check=True
     )
     with tempfile.TemporaryDirectory() as download:
         subprocess.run(
