@@ -39,11 +39,13 @@ class Weights:
     Args:
         device: Of all of them.
         dtype: Of matrices; what is small and decides (scores, boxes) stays float32.
+        is_float8: Multiply matrices in float8, into `dtype`.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, is_float8: bool = False) -> None:
         self.device = device
         self.dtype = dtype
+        self.is_float8 = is_float8
 
     def exact(self, tensor: Tensor) -> Tensor:
         """On the device, in float32."""
@@ -53,14 +55,18 @@ class Weights:
         """On the device, in the dtype that is computed in; converted there, where it is fastest."""
         return tensor.detach().to(self.device).to(self.dtype)
 
-    def linear(self, *parts: nn.Linear) -> Linear:
-        """One matrix for all `parts`, which read the same input."""
-        if len(parts) == 1:  # kept as it is, and in the file that it is mapped from, if it is
-            return Linear(self.compact(parts[0].weight), self.compact(parts[0].bias))
-        return Linear(
-            torch.cat([self.compact(part.weight) for part in parts]),
-            torch.cat([self.compact(part.bias) for part in parts]),
+    def linear(self, *parts: nn.Linear, rows: Tensor | None = None) -> nn.Module:
+        """One matrix for all `parts`, which read the same input; its rows in the order of `rows`, if given."""
+        weight, bias = (
+            # A single part is kept as it is: in the file that it is mapped from, if it is.
+            torch.cat([self.exact(tensor) for tensor in tensors]) if len(tensors) > 1 else tensors[0].detach()
+            for tensors in ([part.weight for part in parts], [part.bias for part in parts])
         )
+        if rows is not None:
+            weight, bias = weight[rows.to(weight.device)], bias[rows.to(bias.device)]
+        if self.is_float8:
+            return Float8Linear(self.exact(weight), self.compact(bias))
+        return Linear(self.compact(weight), self.compact(bias))
 
     def norm(self, source: nn.LayerNorm) -> LayerNorm:
         """A layer normalisation."""
@@ -85,6 +91,43 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(…, C) -> (…, O)."""
         return F.linear(x, self.weight, self.bias)
+
+
+class Float8Linear(nn.Module):
+    """x·Wᵀ + b with both matrices in float8 (e4m3), each row scaled to use its whole range."""
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        """Quantise `weight` (O, C) float32; `bias` (O,) bfloat16 is what the result is in."""
+        super().__init__()
+        rounded, scale = to_float8(weight)
+        self.register_buffer("weight", rounded)
+        self.register_buffer("scale", scale.T)  # (1, O)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, C) -> (…, O)."""
+        rounded, scale = to_float8(x.flatten(0, -2))
+        product = torch._scaled_mm(
+            rounded,
+            self.weight.T,
+            scale_a=scale,
+            scale_b=self.scale,
+            bias=self.bias,
+            out_dtype=self.bias.dtype,
+            use_fast_accum=True,
+        )
+        return product.unflatten(0, x.shape[:-1])
+
+
+def to_float8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(T, C) -> the same in float8 and the factor (T, 1) float32 that each row was divided by."""
+    limit = torch.finfo(torch.float8_e4m3fn).max  # 448
+    scale = x.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / limit
+    return (x.float() / scale).to(torch.float8_e4m3fn), scale
 
 
 class LayerNorm(nn.Module):
@@ -209,12 +252,14 @@ class ImageBackbone(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """(I, S, S, 3) uint8 -> (I, grid, grid, C)."""
         x: Tensor = self.norm(self._embed(pixels))
-        windows = (self.grid // self.window) ** 2
+        whole, window = (
+            (len(pixels), self.grid**2),
+            (-1, self.window**2),
+        )  # images, tokens of each; or windows
         for layer, is_windowed in zip(self.layers, self.is_windowed, strict=True):
-            if is_windowed:
-                x = layer(x, windows, self.window_cos, self.window_sin)
-            else:
-                x = layer(x, 1, self.cos, self.sin)
+            tables = (self.window_cos, self.window_sin) if is_windowed else (self.cos, self.sin)
+            x = layer(x.reshape(*(window if is_windowed else whole), x.shape[-1]), *tables)
+        x = x.reshape(*whole, x.shape[-1])
         return self._from_windows(x)
 
     def _embed(self, pixels: Tensor) -> Tensor:
@@ -235,34 +280,30 @@ class ImageLayer(nn.Module):
         attention = source.attention
         self.heads: int = attention.num_attention_heads
         self.norm1 = weights.norm(source.layer_norm1)
-        self.qkv = weights.linear(attention.q_proj, attention.k_proj, attention.v_proj)
-        for part in (self.qkv.weight, self.qkv.bias):
-            self._reorder_rotary_pairs(part)
+        rows = self._rows_in_rotary_order(len(attention.q_proj.bias))
+        self.qkv = weights.linear(attention.q_proj, attention.k_proj, attention.v_proj, rows=rows)
         self.out = weights.linear(attention.o_proj)
         self.norm2 = weights.norm(source.layer_norm2)
         self.mlp = Mlp(weights, source.mlp.fc1, source.mlp.fc2, source.mlp.activation_fn)
 
-    def _reorder_rotary_pairs(self, part: Tensor) -> None:
-        """Of q's and k's rows (2·C of 3·C): each head's even dimensions first, then its odd ones. In place."""
-        queries_keys = part[: 2 * len(part) // 3].unflatten(
-            0, (2 * self.heads, -1, 2)
-        )  # (2·heads, d/2, 2, …)
-        queries_keys.copy_(queries_keys.transpose(1, 2).reshape_as(queries_keys))
+    def _rows_in_rotary_order(self, channels: int) -> Tensor:
+        """(3·C,) rows of q, k and v: of q's and k's, each head's even dimensions first, then its odd ones."""
+        rows = torch.arange(3 * channels)
+        pairs = rows[: 2 * channels].view(2 * self.heads, -1, 2)  # (heads of q and k, d/2, 2)
+        return torch.cat([pairs.transpose(1, 2).flatten(), rows[2 * channels :]])
 
-    def forward(self, x: Tensor, windows: int, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """One layer.
 
         Args:
-            x: (I, T, C).
-            windows: Equal parts of T that attend to themselves alone.
-            cos: (T / windows, d/2) float32, of the rotation by position.
+            x: (B, T, C), B windows or B whole images.
+            cos: (T, d/2) float32, of the rotation by position.
             sin: Likewise.
         """
-        batch, tokens, _ = x.shape
-        qkv = self.qkv(self.norm1(x)).view(batch * windows, tokens // windows, 3, self.heads, -1)
-        queries, keys, values = qkv.permute(2, 0, 3, 1, 4)  # (I·windows, heads, T / windows, d) each
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
+        queries, keys, values = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, d) each
         attended = F.scaled_dot_product_attention(rotate(queries, cos, sin), rotate(keys, cos, sin), values)
-        x = x + self.out(merge_heads(attended).view_as(x))
+        x = x + self.out(merge_heads(attended))
         mixed: Tensor = x + self.mlp(self.norm2(x))
         return mixed
 
@@ -451,12 +492,12 @@ class Attention(nn.Module):
         """Attend.
 
         Args:
-            x: (B, Q, C).
+            x: (B, Q, C), or (1, Q, C) for all.
             keys: (B, heads, K, D).
             values: (B, heads, K, D).
             mask: Broadcasts to (B, heads, Q, K): bool, False where a key is hidden, or what is added to the scores.
         """
-        queries = split_heads(self.queries(x), self.heads)
+        queries = split_heads(self.queries(x), self.heads).expand(len(keys), -1, -1, -1)
         attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         mixed: Tensor = self.out(merge_heads(attended))
         return mixed
@@ -471,7 +512,7 @@ class CrossAttention(nn.Module):
         self.keys_values = weights.linear(source.k_proj, source.v_proj)
 
     def forward(self, x: Tensor, tokens: Tensor, is_token: Tensor) -> Tensor:
-        """(B, Q, C), (B, K, C), (B, K) bool, False where a token is padding -> (B, Q, C)."""
+        """(B or 1, Q, C), (B, K, C), (B, K) bool, False where a token is padding -> (B, Q, C)."""
         heads = self.attention.heads
         keys, values = (split_heads(part, heads) for part in self.keys_values(tokens).chunk(2, -1))
         attended: Tensor = self.attention(x, keys, values, is_token[:, None, None, :])
@@ -574,8 +615,8 @@ class GeometryLayer(nn.Module):
         return mixed
 
 
-class FusionLayer(nn.Module):
-    """One layer of the DETR encoder: image tokens look at each other, then at the prompt.
+class LookAtImage(nn.Module):
+    """The first half of a layer of the DETR encoder: image tokens look at each other.
 
     Args:
         weights: Where to and in what.
@@ -585,27 +626,30 @@ class FusionLayer(nn.Module):
 
     def __init__(self, weights: Weights, source: reference.Sam3DetrEncoderLayer, position: Tensor) -> None:
         super().__init__()
-        self.norm1 = weights.norm(source.layer_norm1)
-        self.self_attention = SelfAttention(weights, source.self_attn, position)
-        self.norm2 = weights.norm(source.layer_norm2)
-        self.cross_attention = CrossAttention(weights, source.cross_attn)
-        self.norm3 = weights.norm(source.layer_norm3)
-        self.mlp = Mlp(weights, source.mlp.fc1, source.mlp.fc2, source.mlp.activation_fn)
+        self.norm = weights.norm(source.layer_norm1)
+        self.attention = SelfAttention(weights, source.self_attn, position)
 
-    def look_at_image(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C); in the first layer, the same for every prompt."""
-        attended: Tensor = x + self.self_attention(self.norm1(x))
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        attended: Tensor = x + self.attention(self.norm(x))
         return attended
 
-    def look_at_prompt(self, x: Tensor, tokens: Tensor, is_token: Tensor) -> Tensor:
-        """(B, T, C), (B, K, C), (B, K) -> (B, T, C)."""
-        x = x + self.cross_attention(self.norm2(x), tokens, is_token)
-        mixed: Tensor = x + self.mlp(self.norm3(x))
-        return mixed
+
+class LookAtPrompt(nn.Module):
+    """The second half: image tokens look at the prompt's."""
+
+    def __init__(self, weights: Weights, source: reference.Sam3DetrEncoderLayer) -> None:
+        super().__init__()
+        self.norm1 = weights.norm(source.layer_norm2)
+        self.attention = CrossAttention(weights, source.cross_attn)
+        self.norm2 = weights.norm(source.layer_norm3)
+        self.mlp = Mlp(weights, source.mlp.fc1, source.mlp.fc2, source.mlp.activation_fn)
 
     def forward(self, x: Tensor, tokens: Tensor, is_token: Tensor) -> Tensor:
-        """Both, one after the other."""
-        return self.look_at_prompt(self.look_at_image(x), tokens, is_token)
+        """(B or 1, T, C), (B, K, C), (B, K) -> (B, T, C)."""
+        x = x + self.attention(self.norm1(x), tokens, is_token)
+        mixed: Tensor = x + self.mlp(self.norm2(x))
+        return mixed
 
 
 class QueryDecoder(nn.Module):
@@ -802,8 +846,8 @@ class PixelDecoder(nn.Module):
             pixels: (B, H·W, C), of the DETR encoder.
             tokens: (B, K, C) of the prompt.
             is_token: (B, K) bool.
-            fine: (B, 4H, 4W, C), as `prepare` made it.
-            middle: (B, 2H, 2W, C), likewise.
+            fine: (B or 1, 4H, 4W, C), as `prepare` made it.
+            middle: (B or 1, 2H, 2W, C), likewise.
         Returns:
             (B, 4H, 4W, C).
         """
