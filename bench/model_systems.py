@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,10 +21,12 @@ from torch.overrides import TorchFunctionMode
 from transformers import Sam3Config
 
 from bench.model_inputs import SETS, Workload, random_model
+from bench.timing import FP8, has_fp8
+from sam3_runner.engine import MAX_ROWS, Answers, EncodedImages, Engine
 from sam3_runner.forward import TextFeatures, decode, encode_image, encode_text
 
 KEPT = 20  # instances of a pair whose masks are made; photos seldom hold more of one kind
-PAIRS_PER_CALL = 16  # decoded together, by every system alike: the features of more fill the memory
+PAIRS_PER_CALL = 16  # decoded together by the others; ours has its own number
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 
 
@@ -68,10 +70,10 @@ def bytes_of(module: torch.nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def chunks(pairs: int) -> Iterator[slice]:
-    """Pairs, so many at a time."""
-    for start in range(0, pairs, PAIRS_PER_CALL):
-        yield slice(start, min(start + PAIRS_PER_CALL, pairs))
+def chunks(count: int, size: int) -> Iterator[slice]:
+    """So many at a time."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
 
 
 def best_masks(scores: Tensor, embeddings: Tensor, pixels: Tensor, shifts: Tensor) -> Tensor:
@@ -104,7 +106,8 @@ class Before:
             images = encode_image(self._model, work.pixel_values(turn))
             texts = encode_text(self._model, *work.tokens)
             return [
-                self._answer(images.select(work.image_rows[part]), texts, part) for part in chunks(work.pairs)
+                self._answer(images.select(work.image_rows[part]), texts, part)
+                for part in chunks(work.pairs, PAIRS_PER_CALL)
             ]
 
     def _answer(self, images: Any, texts: TextFeatures, part: slice) -> object:
@@ -118,52 +121,84 @@ class Before:
 
 
 class Ours:
-    """`sam3_runner/engine.py`.
+    """`sam3_runner/engine.py`, as the service runs it on this device.
 
     Args:
         setting: Of the run; its dtype may be float8's too.
-        compiled: Blocks compiled and, on a GPU, replayed as graphs.
+        is_eager: On a GPU, without compilation and graphs.
     """
 
-    def __init__(self, setting: Setting, *, compiled: bool) -> None:
-        try:
-            from sam3_runner.engine import Engine
-        except ImportError as error:
-            raise LeftOut(f"there is no engine: {error}") from error
-        model = random_model(setting.config, setting.device)
-        try:
-            options = {"compiled": True} if compiled else {}
-            self.engine: Any = Engine(model, setting.device, setting.dtype, **options)
-        except (TypeError, ValueError) as error:  # a mode that this device or this version does not have
-            raise LeftOut(str(error)) from error
-        self.weight_bytes = bytes_of(self.engine) if isinstance(self.engine, torch.nn.Module) else 0
+    def __init__(self, setting: Setting, *, is_eager: bool = False) -> None:
+        is_gpu = setting.device.type == "cuda"
+        if is_eager and not is_gpu:
+            raise LeftOut("on a CPU, ours is not compiled")
+        if setting.dtype == FP8 and not has_fp8(setting.device):
+            raise LeftOut("this device does not multiply 8-bit numbers")
+        self.engine = Engine(random_model(setting.config, setting.device), setting.device, setting.dtype)
+        self.weight_bytes = bytes_of(self.engine)
+        if is_gpu and not is_eager:
+            self.engine.accelerate()
 
     def call(self, work: Workload, turn: int) -> object:
         """See `System`."""
-        return self.answer(work, self.encode_images(work, turn), self.encode_texts(work))
+        return self.answer_all(work, turn)
 
-    def encode_images(self, work: Workload, turn: int) -> Any:
-        """The first stage; normalisation is part of it."""
-        return self.engine.encode_images(work.pixels[turn % SETS])
+    def answer_all(
+        self,
+        work: Workload,
+        turn: int,
+        images: Sequence[EncodedImages] | None = None,
+        texts: Sequence[TextFeatures] | None = None,
+    ) -> object:
+        """Answer all pairs.
 
-    def encode_texts(self, work: Workload) -> Any:
-        """The second stage."""
-        return self.engine.encode_texts(*work.tokens)
-
-    def answer(self, work: Workload, images: Any, texts: TextFeatures) -> list[object]:
-        """What follows, masks included."""
+        Args:
+            work: The inputs.
+            turn: Of which set of images.
+            images: Encoded before, as `encode_images` gives them; or None.
+            texts: Likewise, of `encode_texts`.
+        """
         answers: list[object] = []
-        for part in chunks(work.pairs):
-            said = self.decode(work, images, texts, part)
-            answers.append((said.scores, said.boxes_cxcywh, self.masks(said)))
+        texts = self.encode_texts(work) if texts is None else texts
+        for group, rows in enumerate(chunks(work.images, MAX_ROWS)):
+            encoded = self.encode_group(work, turn, rows) if images is None else images[group]
+            for part in self._parts(work, rows):
+                said = self.engine.answer(
+                    self.rows(work, encoded, rows.start, part), texts[part.start // MAX_ROWS]
+                )
+                answers.append((said.scores.clone(), said.boxes_cxcywh.clone(), self.masks(said)))
         return answers
 
-    def decode(self, work: Workload, images: Any, texts: TextFeatures, part: slice) -> Any:
-        """Answers without their masks, to one chunk of pairs."""
-        chosen = TextFeatures(texts.tokens[part], texts.is_token[part])
-        return self.engine.answer(images.select(work.image_rows[part]), chosen)
+    def _parts(self, work: Workload, rows: slice) -> Iterator[slice]:
+        """The pairs of a group of images, `MAX_ROWS` at a time."""
+        for part in chunks((rows.stop - rows.start) * work.prompts, MAX_ROWS):
+            start = rows.start * work.prompts
+            yield slice(start + part.start, start + part.stop)
 
-    def masks(self, said: Any) -> Tensor:
+    def rows(self, work: Workload, encoded: EncodedImages, start: int, part: slice) -> EncodedImages:
+        """The images of some pairs: one if it is one, in place if they lie there as they are asked about."""
+        first, last = part.start // work.prompts - start, (part.stop - 1) // work.prompts - start
+        if first == last or work.prompts == 1:
+            return EncodedImages(*(tensor[first : last + 1] for tensor in encoded.tensors))
+        rows = work.image_rows[part] - start
+        return EncodedImages(*(tensor[rows] for tensor in encoded.tensors))
+
+    def encode_group(self, work: Workload, turn: int, rows: slice) -> EncodedImages:
+        """Some images of a set, normalisation included; copied, as the service does, out of the next call's way."""
+        encoded = self.engine.encode_images(work.pixels[turn % SETS][rows])
+        return EncodedImages(*(tensor.clone() for tensor in encoded.tensors))
+
+    def encode_images(self, work: Workload, turn: int) -> list[EncodedImages]:
+        """All images of a set, `MAX_ROWS` at a time."""
+        return [self.encode_group(work, turn, rows) for rows in chunks(work.images, MAX_ROWS)]
+
+    def encode_texts(self, work: Workload) -> list[TextFeatures]:
+        """All prompts, likewise."""
+        parts = chunks(work.pairs, MAX_ROWS)
+        texts = (self.engine.encode_texts(*(tokens[part] for tokens in work.tokens)) for part in parts)
+        return [TextFeatures(text.tokens.clone(), text.is_token) for text in texts]
+
+    def masks(self, said: Answers) -> Tensor:
         """The masks of the best queries."""
         pixels = said.pixels.flatten(1, 2).transpose(1, 2)  # (B, h, w, C) -> (B, C, h·w)
         return best_masks(said.scores, said.mask_embeddings, pixels, said.mask_shifts)
@@ -198,7 +233,7 @@ class HuggingFace:
                 input_ids=ids[part],
                 attention_mask=mask[part],
             )
-            for part in chunks(work.pairs)
+            for part in chunks(work.pairs, PAIRS_PER_CALL)
         ]
 
     def _chosen(self, vision: Any, rows: Tensor) -> Any:
@@ -234,7 +269,9 @@ class Meta:
             backbone = self._model.backbone
             seen = backbone.forward_image(work.pixel_values(turn))
             seen |= backbone.forward_text(work.captions, device=self._setting.device)
-            return [self._ground(seen, work.image_rows[part], part) for part in chunks(work.pairs)]
+            return [
+                self._ground(seen, work.image_rows[part], part) for part in chunks(work.pairs, PAIRS_PER_CALL)
+            ]
 
     def _ground(self, seen: dict[str, Any], rows: Tensor, part: slice) -> object:
         from sam3.model.data_misc import FindStage
@@ -329,9 +366,9 @@ def _with(make: Callable[..., Any], values: dict[str, Any]) -> Callable[..., Any
 
 
 MAKERS: dict[str, Callable[[Setting], System]] = {
-    "ours": lambda setting: Ours(setting, compiled=True),
-    "ours-eager": lambda setting: Ours(setting, compiled=False),
-    "ours-float8": lambda setting: Ours(replace(setting, dtype=torch.float8_e4m3fn), compiled=True),
+    "ours": Ours,
+    "ours-eager": lambda setting: Ours(setting, is_eager=True),
+    "ours-float8": lambda setting: Ours(replace(setting, dtype=FP8)),
     "before": Before,
     "hf": lambda setting: HuggingFace(setting, compiled=False),
     "hf-compiled": lambda setting: HuggingFace(setting, compiled=True),
