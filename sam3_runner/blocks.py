@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.sam3 import modeling_sam3 as reference
 
 Activation = Callable[[Tensor], Tensor]
@@ -47,12 +48,14 @@ class Weights:
         self.dtype = dtype
         self.is_float8 = is_float8
 
-    def exact(self, tensor: Tensor) -> Tensor:
-        """On the device, in float32."""
+    def exact(self, tensor: Tensor | None) -> Tensor:
+        """On the device, in float32. None is what the type of a module's bias allows, and none of SAM3's is."""
+        assert tensor is not None
         return tensor.detach().to(self.device).float()
 
-    def compact(self, tensor: Tensor) -> Tensor:
+    def compact(self, tensor: Tensor | None) -> Tensor:
         """On the device, in the dtype that is computed in; converted there, where it is fastest."""
+        assert tensor is not None
         return tensor.detach().to(self.device).to(self.dtype)
 
     def linear(self, *parts: nn.Linear, rows: Tensor | None = None) -> nn.Module:
@@ -120,7 +123,8 @@ class Float8Linear(nn.Module):
             out_dtype=self.bias.dtype,
             use_fast_accum=True,
         )
-        return product.unflatten(0, x.shape[:-1])
+        shaped: Tensor = product.unflatten(0, x.shape[:-1])
+        return shaped
 
 
 def to_float8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,7 +181,16 @@ class Mlp(nn.Module):
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, T, C) -> (B, heads, T, C / heads), a view."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    shaped: Tensor = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return shaped
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int, is_causal: bool = False) -> Tensor:
+    """(B, T, C) each -> (B, T, C), each head by itself."""
+    mixed = F.scaled_dot_product_attention(
+        split_heads(queries, heads), split_heads(keys, heads), split_heads(values, heads), is_causal=is_causal
+    )
+    return merge_heads(mixed)
 
 
 def merge_heads(x: Tensor) -> Tensor:
@@ -241,13 +254,15 @@ class ImageBackbone(nn.Module):
         """(grid·grid, C) row by row -> the same, window by window."""
         cuts = self.grid // self.window
         windows = tokens.unflatten(0, (cuts, self.window, cuts, self.window))
-        return windows.transpose(1, 2).flatten(0, 3)
+        shaped: Tensor = windows.transpose(1, 2).flatten(0, 3)
+        return shaped
 
     def _from_windows(self, tokens: Tensor) -> Tensor:
         """(I, grid·grid, C) window by window -> (I, grid, grid, C)."""
         cuts = self.grid // self.window
         windows = tokens.unflatten(1, (cuts, cuts, self.window, self.window))  # (I, cy, cx, y, x, C)
-        return windows.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        shaped: Tensor = windows.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        return shaped
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(I, S, S, 3) uint8 -> (I, grid, grid, C)."""
@@ -337,7 +352,8 @@ class Upsample2x(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, 2H, 2W, O)."""
         quads = F.linear(x, self.weight, self.bias).unflatten(-1, (2, 2, -1))  # (B, H, W, 2, 2, O)
-        return quads.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        shaped: Tensor = quads.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        return shaped
 
 
 class Conv3x3(nn.Module):
@@ -455,7 +471,7 @@ class TextEncoder(nn.Module):
 class TextLayer(nn.Module):
     """One layer of the text encoder."""
 
-    def __init__(self, weights: Weights, source: nn.Module) -> None:
+    def __init__(self, weights: Weights, source: CLIPEncoderLayer) -> None:
         super().__init__()
         attention = source.self_attn
         self.heads: int = attention.num_heads
@@ -467,11 +483,8 @@ class TextLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        queries, keys, values = (
-            split_heads(part, self.heads) for part in self.qkv(self.norm1(x)).chunk(3, -1)
-        )
-        attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
-        x = x + self.out(merge_heads(attended))
+        queries, keys, values = self.qkv(self.norm1(x)).chunk(3, -1)
+        x = x + self.out(attend(queries, keys, values, self.heads, is_causal=True))
         mixed: Tensor = x + self.mlp(self.norm2(x))
         return mixed
 
@@ -538,7 +551,8 @@ class PixelKeys(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, T, C) -> (L, 2, B, heads, T, D)."""
         projected = self.keys_values(pixels) + self.offset
-        return projected.unflatten(-1, self.split).permute(2, 3, 0, 4, 1, 5)
+        shaped: Tensor = projected.unflatten(-1, self.split).permute(2, 3, 0, 4, 1, 5)
+        return shaped
 
 
 class SelfAttention(nn.Module):
@@ -559,10 +573,7 @@ class SelfAttention(nn.Module):
         """(B, T, C) -> (B, T, C)."""
         queries_keys, values = self.qkv(x).tensor_split([self.offset.shape[-1]], dim=-1)
         queries, keys = (queries_keys + self.offset).chunk(2, -1)
-        attended = F.scaled_dot_product_attention(
-            *(split_heads(part, self.heads) for part in (queries, keys, values))
-        )
-        mixed: Tensor = self.out(merge_heads(attended))
+        mixed: Tensor = self.out(attend(queries, keys, values, self.heads))
         return mixed
 
 
@@ -785,9 +796,8 @@ class QueryLayer(nn.Module):
             values: Likewise.
             bias: (B, heads, 1 + N, T).
         """
-        own = (*self.queries_keys(x + place).chunk(2, -1), self.values(x))
-        attended = F.scaled_dot_product_attention(*(split_heads(part, self.heads) for part in own))
-        x = self.norm1(x + self.out(merge_heads(attended)))
+        queries, own_keys = self.queries_keys(x + place).chunk(2, -1)
+        x = self.norm1(x + self.out(attend(queries, own_keys, self.values(x), self.heads)))
         x = self.norm2(x + self.text_attention(x + place, tokens, is_token))
         x = self.norm3(x + self.pixel_attention(x + place, keys, values, bias))
         mixed: Tensor = self.norm4(x + self.mlp(x))

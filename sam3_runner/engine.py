@@ -150,7 +150,8 @@ class Engine(nn.Module):
 
         The result may be overwritten by the next call.
         """
-        return TextFeatures(*self._encode_texts(input_ids), attention_mask.bool())
+        (tokens,) = self._encode_texts(input_ids)
+        return TextFeatures(tokens, attention_mask.bool())
 
     def answer(self, images: EncodedImages, texts: TextFeatures) -> Answers:
         """Answer B pairs, at most `MAX_ROWS`.
@@ -164,15 +165,19 @@ class Engine(nn.Module):
         return Answers(*self._answer(*images.tensors, texts.tokens, texts.is_token))
 
     def accelerate(self) -> None:
-        """On a GPU: compile what every layer runs, then record each stage at its static sizes when it is first used."""
-        for part in (*self.backbone.layers, *self.text.layers, *self.looks_at_image, *self.looks_at_prompt):
-            part.compile(fullgraph=True)
-        for part in (self.neck, *self.geometry.layers, *self.queries.layers, self.pixel_decoder):
-            part.compile(fullgraph=True)
+        """On a GPU: compile the layers, and record each stage at its static sizes when they are first used."""
+        self.compile_layers()
         pool = torch.cuda.graph_pool_handle()
         self._encode_images = CudaGraphs(self._run_encode_images, STATIC_SIZES, pool)
         self._encode_texts = CudaGraphs(self._run_encode_texts, STATIC_SIZES, pool)
         self._answer = CudaGraphs(self._run_answer, STATIC_SIZES, pool)
+
+    def compile_layers(self) -> None:
+        """Compile what repeats, not the whole: all layers of a kind share one compilation, made when first run."""
+        for part in (*self.backbone.layers, *self.text.layers, *self.looks_at_image, *self.looks_at_prompt):
+            part.compile(fullgraph=True)
+        for part in (self.neck, *self.geometry.layers, *self.queries.layers, self.pixel_decoder):
+            part.compile(fullgraph=True)
 
     def _run_encode_images(self, pixels: Tensor) -> tuple[Tensor, ...]:
         fine, middle, coarse = self.neck(self.backbone(pixels))

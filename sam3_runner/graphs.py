@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,9 +12,18 @@ Tensors = tuple[Tensor, ...]
 WARM_UP_RUNS = 3  # lazy initialisation, autotuning and compilation must not be recorded
 
 
-@dataclass(frozen=True)
-class _Recording:
-    graph: torch.cuda.CUDAGraph
+class Graph(Protocol):
+    """A recording that writes its static outputs anew from its static inputs."""
+
+    def replay(self) -> None:
+        """Run it."""
+        ...
+
+
+class Recording(NamedTuple):
+    """A graph, and the memory that it reads and writes."""
+
+    graph: Graph
     inputs: Tensors
     outputs: Tensors
 
@@ -28,14 +37,14 @@ class CudaGraphs:
     Args:
         function: Takes and returns tensors, on one CUDA device, without waiting for it.
         sizes: Ascending numbers of rows; more cannot be asked.
-        pool: Memory shared with other recordings, of which one runs at a time.
+        pool: `torch.cuda.graph_pool_handle()`: memory shared with other recordings, of which one runs at a time.
     """
 
-    def __init__(self, function: Callable[..., Tensors], sizes: Sequence[int], pool: object) -> None:
+    def __init__(self, function: Callable[..., Tensors], sizes: Sequence[int], pool: Any) -> None:
         self._function = function
         self._sizes = tuple(sizes)
         self._pool = pool
-        self._recordings: dict[tuple[torch.Size, ...], _Recording] = {}
+        self._recordings: dict[tuple[torch.Size, ...], Recording] = {}
         self._buffers: dict[tuple[int, torch.Size], Tensor] = {}
 
     def __call__(self, *inputs: Tensor) -> Tensors:
@@ -63,7 +72,7 @@ class CudaGraphs:
             self._buffers[key] = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
         return self._buffers[key][:rows]
 
-    def _record(self, inputs: Tensors) -> _Recording:
+    def _record(self, inputs: Tensors) -> Recording:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -73,4 +82,4 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             outputs = self._function(*inputs)
-        return _Recording(graph, inputs, outputs)
+        return Recording(graph, inputs, outputs)

@@ -144,7 +144,7 @@ class Segmenter:
         self.check_prompts(prompts)
         pixels = resize_for_model(image, self.info.input_size_px)
         height, width = image.shape[:2]
-        key = hashlib.sha256(pixels).digest()
+        key = hashlib.sha256(pixels.data).digest()
         item = SegmentItem(pixels, (height, width), tuple(prompts), score_threshold, key)
         with _device_errors():
             return self._segment_all([item])[0]
