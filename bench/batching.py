@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -183,9 +183,11 @@ def prepare(system: System, client: httpx.Client) -> None:
         client.put("/files/uploads/bench.jpg", content=image).raise_for_status()
 
 
-def drive(port: int, path: str, concurrency: int, requests: int) -> Load:
-    """One level of load, from a process of its own."""
-    arguments = [str(port), path, str(concurrency), str(requests), json.dumps(BODY)]
+def drive(
+    port: int, path: str, concurrency: int, requests: int, body: Mapping[str, str] = BODY, *more: str
+) -> Load:
+    """One level of load, from a process of its own; `more` is what `bench.load` may be told beside the body."""
+    arguments = [str(port), path, str(concurrency), str(requests), json.dumps(body), *more]
     done = subprocess.run(
         [sys.executable, "-m", "bench.load", *arguments], cwd=ROOT, check=True, stdout=subprocess.PIPE
     )
