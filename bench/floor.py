@@ -142,7 +142,7 @@ class Floor:
         layer = Cost(
             linear(tokens, width, 4 * width + 2 * text.intermediate_size), attention(tokens, tokens, width)
         )
-        return layer * text.num_hidden_layers + Cost(linear(tokens, width, self.channels))
+        return layer * int(text.num_hidden_layers) + Cost(linear(tokens, width, self.channels))
 
     def answer(self) -> Cost:
         """One (image, prompt) pair: all behind the encoders but the masks themselves."""
@@ -182,7 +182,7 @@ class Floor:
         width, pixels = part.hidden_size, self.grid**2
         own = 2 * linear(1, width, width) + linear(1, width, 2 * part.intermediate_size)
         looking = 2 * linear(1, width, width) + linear(pixels, width, 2 * width)
-        return Cost(own + looking, attention(1, pixels, width)) * part.num_layers
+        return Cost(own + looking, attention(1, pixels, width)) * int(part.num_layers)
 
     def _look(self) -> Cost:
         """Image tokens look at each other; in the first layer no prompt has been seen yet."""
@@ -194,7 +194,7 @@ class Floor:
         pixels, width = self.grid**2, part.hidden_size
         fed = linear(pixels, width, 2 * part.intermediate_size)
         layer = self._look_at_prompt(pixels) + Cost(fed)
-        return layer * part.num_layers + self._look() * (part.num_layers - 1)
+        return layer * int(part.num_layers) + self._look() * int(part.num_layers - 1)
 
     def _look_at_prompt(self, asking: int) -> Cost:
         width = self.channels
@@ -212,7 +212,7 @@ class Floor:
         boxes = linear(queries, width, 2 * width + 4)
         attended = attention(asking, asking, width) + attention(asking, pixels, width)
         layer = Cost(own + looking + place + bias + boxes, attended) + self._look_at_prompt(asking)
-        return layer * part.num_layers + Cost(linear(1, width, 2 * width + 1))  # presence
+        return layer * int(part.num_layers) + Cost(linear(1, width, 2 * width + 1))  # presence
 
     def _pixels(self) -> Cost:
         """A 3x3 convolution of an image upsampled twice is four 2x2 ones of the small image."""

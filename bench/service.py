@@ -141,7 +141,7 @@ class GpuWatch:
         if self._process is None:
             return
         self._process.terminate()
-        told, _ = self._process.communicate()
+        told = self._process.communicate()[0]
         shares = [float(line) / 100 for line in told.splitlines() if line.strip().isdigit()]
         self.share = sum(shares) / len(shares) if shares else None
 
@@ -186,8 +186,8 @@ class Place:
         with psycopg.connect(self.dsn) as connection, connection.cursor() as cursor:
             cursor.execute("insert into auth.users (id) values (%s) on conflict (id) do nothing", (USER,))
             cursor.executemany(
-                "insert into public.segmentation_results (id, user_id, source_image_url, text_prompt) "
-                "values (%s, %s, %s, %s)",
+                "insert into public.segmentation_results (id, user_id, source_image_url, text_prompt)"
+                " values (%s, %s, %s, %s)",
                 rows,
             )
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,11 @@ def setting() -> Setting:
     return Setting(config_of("small"), CPU, torch.float32)
 
 
+def joined(answers: Any) -> list[torch.Tensor]:
+    """Scores, boxes and masks of all pairs, out of those of the passes."""
+    return [torch.cat(parts) for parts in zip(*answers, strict=True)]
+
+
 @pytest.mark.parametrize(
     "images, prompts",
     [
@@ -36,10 +42,7 @@ def test_ours_answers_the_very_pairs_that_the_obvious_form_answers(
 ) -> None:
     work = Workload.of(setting.config, images, prompts, CPU)
     with torch.inference_mode():
-        ours, before = (
-            [torch.cat(parts) for parts in zip(*system(setting).call(work, 2), strict=True)]
-            for system in (Ours, Before)
-        )
+        ours, before = (joined(system(setting).call(work, 2)) for system in (Ours, Before))
     assert [part.shape[0] for part in ours] == [work.pairs] * 3
     for one, other in zip(ours[:2], before[:2], strict=True):  # scores and boxes
         assert torch.allclose(one, other, atol=1e-4)
@@ -50,17 +53,16 @@ def test_an_image_asked_before_and_a_prompt_asked_before_change_no_answer(settin
     work = Workload.of(setting.config, 2, 3, CPU)
     ours = Ours(setting)
     with torch.inference_mode():
-        whole = ours.call(work, 1)
-        cached = ours.answer_all(work, 1, ours.encode_images(work, 1), ours.encode_texts(work))
-    for one, other in zip(whole, cached, strict=True):  # type: ignore[call-overload]
-        assert all(torch.equal(*parts) for parts in zip(one, other, strict=True))
+        whole = joined(ours.call(work, 1))
+        cached = joined(ours.answer_all(work, 1, ours.encode_images(work, 1), ours.encode_texts(work)))
+    assert all(torch.equal(*parts) for parts in zip(whole, cached, strict=True))
 
 
 def test_hugging_face_answers_as_many_pairs(setting: Setting) -> None:
     work = Workload.of(setting.config, 2, 9, CPU)
     with torch.inference_mode():
-        answers = HuggingFace(setting, compiled=False).call(work, 0)
-    assert sum(len(one.pred_boxes) for one in answers) == 18  # type: ignore[attr-defined]
+        answers: Any = HuggingFace(setting, compiled=False).call(work, 0)
+    assert sum(len(one.pred_boxes) for one in answers) == 18
 
 
 def test_the_same_seed_makes_the_same_model(setting: Setting) -> None:
