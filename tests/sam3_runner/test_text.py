@@ -98,6 +98,7 @@ def test_none_and_more_than_max_prompts_are_refused(prompts: PromptChecker) -> N
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "sam3"}')
+    (tmp_path / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing"):
         PromptChecker.from_checkpoint(tmp_path)
 
