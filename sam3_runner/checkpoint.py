@@ -100,11 +100,13 @@ class Checkpoint:
 
         from sam3_runner import loading
 
-        detector = loading.read_contents(self.files).detector
+        contents = loading.read_contents(self.files)
         model = loading.unset_model(self.config)
-        if wrong := loading.misfits(model.state_dict(), detector):
+        if wrong := loading.misfits(model.state_dict(), contents.detector):
             raise CheckpointError(f"{self.path} does not fit the model: {loading.misfits_in_a_line(wrong)}")
-        return loading.fill(model, detector, device, dtype or torch.float32)
+        if contents.layout is not loading.IMAGE:  # with the tracker beside it: Meta's, in whatever form
+            loading.compute_as_meta(model)
+        return loading.fill(model, contents.detector, device, dtype or torch.float32)
 
 
 def _weights_in(directory: Path) -> tuple[Path, ...]:

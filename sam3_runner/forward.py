@@ -124,9 +124,10 @@ def encode_text(model: Sam3Model, input_ids: Tensor, attention_mask: Tensor) -> 
     Args:
         model: Its text encoder is used.
         input_ids: (B, T) tokens.
-        attention_mask: (B, T), 1 where a token is real.
+        attention_mask: (B, T), 1 where the detector may read a token. The text encoder itself, as Meta's, looks back
+            at all tokens: padding comes last, where no other token sees it.
     """
-    encoded = model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
+    encoded = model.get_text_features(input_ids=input_ids)
     return TextFeatures(encoded.pooler_output, attention_mask.bool())
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Sam3Config, Sam3Model
 from transformers.initialization import no_init_weights
 
@@ -109,6 +109,16 @@ def unset_model(config: Mapping[str, Any]) -> Sam3Model:
         raise CheckpointError(
             f"config.json does not describe a SAM3 ({type(error).__name__}: {words})"
         ) from error
+
+
+def compute_as_meta(model: Sam3Model) -> None:
+    """Undo the one number in which transformers' configuration of the published weights is not Meta's.
+
+    Meta's vision encoder normalises with an epsilon of 1e-5; `config.json` says 1e-6. See decision 6.
+    """
+    for part in model.vision_encoder.backbone.modules():
+        if isinstance(part, nn.LayerNorm):
+            part.eps = meta_keys.VISION_LAYER_NORM_EPS
 
 
 def misfits(expected: Mapping[str, Tensor], detector: Mapping[str, Tensor]) -> list[str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 DETECTOR = "detector."
 TRACKER = "tracker."
+VISION_LAYER_NORM_EPS = 1e-5  # transformers' own configuration says 1e-6
 
 # Their module: ours. A `*` stands for a layer's number, the same on both sides.
 MODULES = {

@@ -23,6 +23,7 @@ def plain_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    is_causal: bool = False,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """softmax(q·kᵀ·scaling + mask)·v.
@@ -34,6 +35,7 @@ def plain_attention(
         value: (B, H, K, D).
         attention_mask: Broadcasts to (B, H, Q, K): bool, where False hides a key, or a bias to add.
         scaling: D ** -0.5 if not given.
+        is_causal: Without a mask: hide from every query the keys behind it.
     Returns:
         (B, Q, H, D), and None in place of the weights.
     """
@@ -43,6 +45,9 @@ def plain_attention(
             scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
         else:
             scores = scores + attention_mask
+    elif is_causal:
+        behind = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(behind, torch.finfo(scores.dtype).min)
     return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import subprocess
@@ -8,28 +9,16 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from transformers import CLIPTokenizer
 
 from sam3_runner.checkpoint import DEMO_CHECKPOINT
 from sam3_runner.errors import CheckpointError, InvalidPrompt, TooManyPrompts
-from sam3_runner.text import PromptChecker
+from sam3_runner.text import SPECIAL_TEXTS, PromptChecker, build_tokenizer, clean
+from sam3_runner.training.scenes import all_prompt_texts
 from sam3_runner.types import TextPrompt
 
-NASTY = [
-    "red circle",
-    "RED  Circle",
-    "  red\tcircle\n",
-    "café au lait",
-    "𝕣𝕖𝕕 circle",
-    "🦊🦊",
-    "it's a star's cross",
-    "1234 5,6;7",
-    "日本語 の 円",
-    "<|EndOfText|>",
-    "<| endoftext |>",
-    "soft\u00adhyphen e\u0301 zero\u200bwidth",
-    "a" * 40,
-]
+REFERENCE = json.loads(Path(__file__).with_name("reference_tokens.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +26,68 @@ def prompts() -> PromptChecker:
     return PromptChecker.from_checkpoint(DEMO_CHECKPOINT)
 
 
-@pytest.mark.parametrize("text", NASTY)
-def test_tokens_equal_those_of_the_reference_tokenizer(prompts: PromptChecker, text: str) -> None:
-    reference = CLIPTokenizer.from_pretrained(DEMO_CHECKPOINT)(text).input_ids
+@pytest.fixture(scope="module")
+def stored() -> PromptChecker:
+    """With the merges over which Meta's tokenizer made the stored ids, and room for all of them."""
+    return PromptChecker(build_tokenizer([tuple(merge.split()) for merge in REFERENCE["merges"]]), 512)
+
+
+@pytest.mark.parametrize("text, ids", [pytest.param(*row, id=ascii(row[0])) for row in REFERENCE["tokens"]])
+def test_tokens_are_those_of_metas_tokenizer(stored: PromptChecker, text: str, ids: list[int]) -> None:
     try:
-        input_ids, attention_mask = prompts.encode([TextPrompt(text)])
+        input_ids, attention_mask = stored.encode([TextPrompt(text)])
     except InvalidPrompt:
-        assert len(reference) > prompts.max_tokens
+        assert is_rightly_refused(text, ids)
     else:
-        assert input_ids[0, : attention_mask.sum()].tolist() == reference
-        assert input_ids.shape == attention_mask.shape == (1, prompts.max_tokens)
+        assert input_ids[0, : len(ids)].tolist() == ids
+        assert not input_ids[0, len(ids) :].any()
+        assert attention_mask[0].tolist() == [int(token != 0) for token in input_ids[0]]
+
+
+def is_rightly_refused(text: str, ids: list[int]) -> bool:
+    return len(ids) == 2 or any(special in clean(text) for special in SPECIAL_TEXTS)
+
+
+def test_few_of_the_stored_texts_are_refused(stored: PromptChecker) -> None:
+    texts = [text for text, _ in REFERENCE["tokens"]]
+    assert len(texts) >= 200
+    assert len(texts) - sum(is_accepted(stored, text) for text in texts) <= 12
+
+
+def is_accepted(checker: PromptChecker, text: str) -> bool:
+    try:
+        checker.check([TextPrompt(text)])
+    except InvalidPrompt:
+        return False
+    return True
+
+
+def test_the_demo_is_asked_in_the_tokens_that_it_was_trained_with(prompts: PromptChecker) -> None:
+    trained_with = CLIPTokenizer.from_pretrained(DEMO_CHECKPOINT)
+    for text in all_prompt_texts():
+        input_ids, attention_mask = prompts.encode([TextPrompt(text)])
+        assert input_ids[0, : attention_mask.sum()].tolist() == trained_with(text).input_ids
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A directory with weights that nobody reads, and no tokenizer."""
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(DEMO_CHECKPOINT / name)
+    return tmp_path
+
+
+def test_a_vocabulary_file_gives_clips_ids(bare: Path) -> None:
+    merges = [
+        f"{first} {second}" for first in map(chr, range(256, 324)) for second in map(chr, range(33, 127))
+    ]
+    lines = ["title", "r e", "re d</w>", *(merges * 8)]
+    (bare / "bpe_simple_vocab_16e6.txt.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+
+    checker = PromptChecker.from_checkpoint(bare)
+
+    input_ids, _ = checker.encode([TextPrompt("Red!")])
+    assert input_ids[0, :5].tolist() == [49406, 513, 256 + ord("!") - 33, 49407, 0]
 
 
 @pytest.mark.parametrize(
@@ -62,22 +103,19 @@ def test_blank_prompts_are_refused(prompts: PromptChecker, text: str) -> None:
         prompts.check([TextPrompt(text)])
 
 
-@pytest.mark.parametrize("special", ["<|startoftext|>", "<|endoftext|>"])
+@pytest.mark.parametrize(
+    "special", ["<|startoftext|>", "<|endoftext|>", "<start_of_text>", "<end_of_text>", "&lt;end_of_text>"]
+)
 @pytest.mark.parametrize("around", ["{}", "red circle{}", "{}red circle", "red{} circle", "{0}{0}"])
 def test_special_tokens_are_refused_not_obeyed(prompts: PromptChecker, special: str, around: str) -> None:
-    with pytest.raises(InvalidPrompt, match=f"has {re.escape(special)} in it.*leave it out"):
+    with pytest.raises(InvalidPrompt, match=f"has {re.escape(clean(special))} in it.*leave it out"):
         prompts.check([TextPrompt(around.format(special))])
 
 
-@pytest.mark.parametrize("special", ["<|startoftext|>", "<|endoftext|>"])
-def test_special_tokens_are_refused_in_whatever_spelling_a_tokenizer_obeys(special: str) -> None:
-    """One that looks for them after its normalisation, which lowers the case, finds them in capitals too."""
-    table = json.loads((DEMO_CHECKPOINT / "tokenizer.json").read_text())
-    for token in table["added_tokens"]:
-        token["normalized"] = True
-    checker = PromptChecker(Tokenizer.from_str(json.dumps(table)), max_tokens=32)
+@pytest.mark.parametrize("special", ["<|EndOfText|>", "<END_OF_TEXT>"])
+def test_special_tokens_are_refused_in_capitals_too(prompts: PromptChecker, special: str) -> None:
     with pytest.raises(InvalidPrompt, match="leave it out"):
-        checker.check([TextPrompt(f"red {special.upper()} circle")])
+        prompts.check([TextPrompt(f"red {special} circle")])
 
 
 def test_a_prompt_longer_than_the_text_encoder_reads_is_refused_and_never_cut(prompts: PromptChecker) -> None:
@@ -96,11 +134,32 @@ def test_none_and_more_than_max_prompts_are_refused(prompts: PromptChecker) -> N
             prompts.check([TextPrompt("red")] * count)
 
 
-def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "sam3"}')
-    (tmp_path / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing"):
-        PromptChecker.from_checkpoint(tmp_path)
+def test_a_directory_without_a_tokenizer_is_refused(bare: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer\.json is missing, and bpe_simple_vocab_16e6\.txt\.gz too"
+    ):
+        PromptChecker.from_checkpoint(bare)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        pytest.param(b"not gzip", "cannot be read", id="not gzip"),
+        pytest.param(gzip.compress(b"title\nr e\n")[:-4], "cannot be read", id="cut"),
+        pytest.param(gzip.compress(b"\xff\xfe"), "cannot be read", id="not text"),
+        pytest.param(gzip.compress(b"title\nr e\n"), "holds 1 merges: expected CLIP's", id="too short"),
+    ],
+)
+def test_a_broken_vocabulary_file_is_refused(bare: Path, content: bytes, message: str) -> None:
+    (bare / "bpe_simple_vocab_16e6.txt.gz").write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        PromptChecker.from_checkpoint(bare)
+
+
+def test_a_tokenizer_of_another_model_is_refused(bare: Path) -> None:
+    Tokenizer(BPE()).save(str(bare / "tokenizer.json"))
+    with pytest.raises(CheckpointError, match="not the tokenizer of SAM3"):
+        PromptChecker.from_checkpoint(bare)
 
 
 def test_checking_prompts_needs_no_torch() -> None:
