@@ -1,7 +1,7 @@
 # `make demo` on a bare machine (Linux, Python 3.11 or newer, git, make) does everything itself.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve weights test test-all check fix bench bento pins
+.PHONY: help install demo serve weights test test-all check fix bench parity bento pins
 
 BIN := .venv/bin
 # Set on make's command line alone: some systems export HOST, and that must not open the service to the network.
@@ -48,6 +48,9 @@ fix: install ## Mend what lint and format can mend
 bench: install ## All that is measured, half an hour (ARGS="model service" for some of it)
 	@$(BIN)/python -m bench $(ARGS)
 
+parity: install ## Answers compared with those of Meta's own code, full size, on a CPU (ARGS=--reduced: small)
+	@$(BIN)/python -m bench.parity $(ARGS)
+
 bento: install ## Build the bento
 	@$(BIN)/bentoml build
 
@@ -56,3 +59,4 @@ COMPILE := pip compile --quiet --universal --python-version 3.11 --generate-hash
 pins: ## requirements*.txt anew from requirements*.in
 	@$(BIN)/uv $(COMPILE) $(ARGS) requirements.in -o requirements.txt
 	@$(BIN)/uv $(COMPILE) $(ARGS) requirements-dev.in -o requirements-dev.txt
+	@$(BIN)/uv $(COMPILE) $(ARGS) requirements-parity.in -o requirements-parity.txt

@@ -24,8 +24,8 @@ from huggingface_hub.file_download import http_get
 REPOSITORY = "facebook/sam3"
 ACCESS_PAGE = f"https://huggingface.co/{REPOSITORY}"
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
-# The safetensors of the video layout and what belongs to it. The same weights lie there as Meta's sam3.pt, 1 % larger:
-# a pickle, without a tokenizer, and with nothing that says its dimensions.
+# The safetensors of the video layout and what belongs to it. The same weights lie there as Meta's sam3.pt: a
+# pickle, without a tokenizer, and with nothing in it that says its dimensions.
 FILES = ("config.json", "tokenizer.json", "model.safetensors")
 PARTIAL_SUFFIX = ".partial"
 READ_BYTES = 1 << 20

@@ -17,8 +17,8 @@ from sam3_runner.errors import CheckpointError
 from sam3_runner.weights_file import PICKLE_ENTRY, WeightsForm, form_of, torch_records, unreadable
 
 NAMED = 3  # of what a file should not hold, in an error
-# What torch lets a pickle of weights call, and what can fill memory without a byte of it being in the file: 1.5 GB for
-# a file of 2 kB, measured.
+# What torch lets a pickle of weights call, and what can fill memory without a byte of it being in the file: 1 GB for a
+# file of 1 kB, measured.
 MEMORY_FILLER = b"bytearray"
 
 

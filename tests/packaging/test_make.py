@@ -13,7 +13,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGETS = ("install", "demo", "serve", "weights", "test", "test-all", "check", "fix", "bench", "bento")
+TARGETS = (
+    "install",
+    "demo",
+    "serve",
+    "weights",
+    "test",
+    "test-all",
+    "check",
+    "fix",
+    "bench",
+    "parity",
+    "bento",
+)
 READMES = ("README.md", "README.ko.md")
 
 

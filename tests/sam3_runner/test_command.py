@@ -94,7 +94,7 @@ def test_fetch_takes_the_token_of_the_settings_file_and_never_shows_it(tmp_path:
         settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "S3_ENV_FILE": str(tmp_path / "env")}
         done = run("fetch", str(tmp_path / "sam3"), env=settings | {"HF_TOKEN": ""})
         refused = run("fetch", str(tmp_path / "sam3"), env=settings | {"HF_TOKEN": "hf_another"})
-    assert (done.returncode, refused.returncode) == (0, 1)
+    assert (done.returncode, refused.returncode) == (0, 1), done
     assert done.stdout.splitlines()[-1] == f"Set SAM3_WEIGHTS_PATH={tmp_path / 'sam3'}"
     assert "model.safetensors: 100%" in done.stderr
     (line,) = refused.stderr.splitlines()

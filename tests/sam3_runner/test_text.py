@@ -69,15 +69,22 @@ def test_the_demo_is_asked_in_the_tokens_that_it_was_trained_with(prompts: Promp
         assert input_ids[0, : attention_mask.sum()].tolist() == trained_with(text).input_ids
 
 
-def test_a_vocabulary_file_gives_clips_ids(tmp_path: Path) -> None:
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A directory with weights that nobody reads, and no tokenizer."""
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(DEMO_CHECKPOINT / name)
+    return tmp_path
+
+
+def test_a_vocabulary_file_gives_clips_ids(bare: Path) -> None:
     merges = [
         f"{first} {second}" for first in map(chr, range(256, 324)) for second in map(chr, range(33, 127))
     ]
     lines = ["title", "r e", "re d</w>", *(merges * 8)]
-    (tmp_path / "bpe_simple_vocab_16e6.txt.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
-    (tmp_path / "config.json").write_text((DEMO_CHECKPOINT / "config.json").read_text())
+    (bare / "bpe_simple_vocab_16e6.txt.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
 
-    checker = PromptChecker.from_checkpoint(tmp_path)
+    checker = PromptChecker.from_checkpoint(bare)
 
     input_ids, _ = checker.encode([TextPrompt("Red!")])
     assert input_ids[0, :5].tolist() == [49406, 513, 256 + ord("!") - 33, 49407, 0]
@@ -127,12 +134,11 @@ def test_none_and_more_than_max_prompts_are_refused(prompts: PromptChecker) -> N
             prompts.check([TextPrompt("red")] * count)
 
 
-def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "sam3"}')
+def test_a_directory_without_a_tokenizer_is_refused(bare: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"tokenizer\.json is missing, and bpe_simple_vocab_16e6\.txt\.gz too"
     ):
-        PromptChecker.from_checkpoint(tmp_path)
+        PromptChecker.from_checkpoint(bare)
 
 
 @pytest.mark.parametrize(
@@ -144,18 +150,16 @@ def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
         pytest.param(gzip.compress(b"title\nr e\n"), "holds 1 merges: expected CLIP's", id="too short"),
     ],
 )
-def test_a_broken_vocabulary_file_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
-    (tmp_path / "config.json").write_text((DEMO_CHECKPOINT / "config.json").read_text())
-    (tmp_path / "bpe_simple_vocab_16e6.txt.gz").write_bytes(content)
+def test_a_broken_vocabulary_file_is_refused(bare: Path, content: bytes, message: str) -> None:
+    (bare / "bpe_simple_vocab_16e6.txt.gz").write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
-        PromptChecker.from_checkpoint(tmp_path)
+        PromptChecker.from_checkpoint(bare)
 
 
-def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text((DEMO_CHECKPOINT / "config.json").read_text())
-    Tokenizer(BPE()).save(str(tmp_path / "tokenizer.json"))
+def test_a_tokenizer_of_another_model_is_refused(bare: Path) -> None:
+    Tokenizer(BPE()).save(str(bare / "tokenizer.json"))
     with pytest.raises(CheckpointError, match="not the tokenizer of SAM3"):
-        PromptChecker.from_checkpoint(tmp_path)
+        PromptChecker.from_checkpoint(bare)
 
 
 def test_checking_prompts_needs_no_torch() -> None:

@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from tests.conftest import Serve, Served, wait_until
-from tests.service.conftest import PREDICT, Picture, ask, held, is_processing, posting
+from tests.sam3_runner.checkpoint_forms import meta_file
+from tests.service.conftest import PREDICT, Picture, ask, held, iou, is_processing, posting, read_mask
 
 END_DEADLINE_S = 120.0
 R2 = {
@@ -56,6 +57,17 @@ def test_weights_that_do_not_load_end_the_service_instead_of_trying_for_ever(
     (broken / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
     service = served({"SAM3_WEIGHTS_PATH": str(broken)}, ready=False)
     assert "SAM3_WEIGHTS_PATH cannot be loaded: " in end_of(service)
+
+
+@pytest.mark.slow
+def test_meta_s_own_file_is_served(served: Serve, weights: Path, tmp_path: Path, picture: Picture) -> None:
+    service = served({"SAM3_WEIGHTS_PATH": str(meta_file(weights, tmp_path / "mounted"))})
+    info = service.client.get("/api/v1/model/info").json()
+    assert (info["model_version"], info["parameters"]) == ("sam3", 2_412_554)
+    service.client.put("/files/uploads/sam3.png", content=picture.png).raise_for_status()
+    answer = service.client.post(PREDICT, json=ask("uploads/sam3.png")).raise_for_status().json()
+    mask = read_mask(service.client.get(answer["mask_url"]).content)
+    assert iou(mask, picture.masks["red circle"]) > 0.8
 
 
 def listening_on(port: int) -> set[str]:
