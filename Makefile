@@ -45,8 +45,8 @@ fix: install ## Mend what lint and format can mend
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: install ## Load test of the batching (six minutes; ARGS="--model demo --rounds 1": of the demo model, ten)
-	@$(BIN)/python -m bench.batching $(ARGS)
+bench: install ## All that is measured, half an hour (ARGS="model service" for some of it)
+	@$(BIN)/python -m bench $(ARGS)
 
 parity: install ## Answers compared with those of Meta's own code, full size, on a CPU (ARGS=--reduced: small)
 	@$(BIN)/python -m bench.parity $(ARGS)

@@ -12,30 +12,27 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import json
 import os
-import platform
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import httpx
 import psutil
 
+from bench import results_file
 from bench.fake_model import MAX_BATCH_SIZE, OFF_VARIABLE, SIDE_PX_VARIABLE, batch_s
 from bench.load import Load
+from bench.results_file import RESULTS, ROOT, Value
 from examples.demo import embedded_defaults, stop
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "s3-backend-bench"
 LITSERVE = "litserve==0.2.19"
 READY_WITHIN_S = 240.0  # the real service, on a machine that does much else; ten is usual
@@ -116,7 +113,7 @@ class Row:
         """Items per batch."""
         return self.items / self.batches if self.batches else float("nan")
 
-    def figures(self) -> dict[str, str | int]:
+    def figures(self) -> dict[str, Value]:
         """What is printed and written down."""
         answered = self.requests - sum(self.load.errors.values())
         return {
@@ -186,9 +183,11 @@ def prepare(system: System, client: httpx.Client) -> None:
         client.put("/files/uploads/bench.jpg", content=image).raise_for_status()
 
 
-def drive(port: int, path: str, concurrency: int, requests: int) -> Load:
-    """One level of load, from a process of its own."""
-    arguments = [str(port), path, str(concurrency), str(requests), json.dumps(BODY)]
+def drive(
+    port: int, path: str, concurrency: int, requests: int, body: Mapping[str, str] = BODY, *more: str
+) -> Load:
+    """One level of load, from a process of its own; `more` is what `bench.load` may be told beside the body."""
+    arguments = [str(port), path, str(concurrency), str(requests), json.dumps(body), *more]
     done = subprocess.run(
         [sys.executable, "-m", "bench.load", *arguments], cwd=ROOT, check=True, stdout=subprocess.PIPE
     )
@@ -318,37 +317,22 @@ def systems_of(options: argparse.Namespace) -> list[System]:
     ]
 
 
-def conditions(options: argparse.Namespace) -> dict[str, str | int]:
+def conditions(options: argparse.Namespace) -> dict[str, Value]:
     """Under which the figures were measured."""
-    with contextlib.suppress(OSError):
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-        processor = models[0].partition(":")[2].strip() if models else platform.machine()
     return {
         "model": options.model,
-        "processor": processor,
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average": f"{os.getloadavg()[0]:.1f}",
-        "python": platform.python_version(),
-        "bentoml": version("bentoml"),
-        "uvloop": version("uvloop"),
-        "torch": version("torch"),
+        **results_file.conditions("bentoml", "uvloop", "torch"),
         "litserve": LITSERVE.partition("==")[2],
         "max_batch": MAX_BATCH_SIZE,
         "rounds": options.rounds,
     }
 
 
-def write(rows: list[Row], options: argparse.Namespace, seen: dict[str, str | int]) -> None:
+def write(rows: list[Row], options: argparse.Namespace, seen: dict[str, Value]) -> None:
     """NAME.csv, every row with its conditions, and NAME.md, the table under them."""
     name = options.name or ("batching" if options.model == "fake" else f"batching-{options.model}")
-    options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*seen, *rows[0].figures(), "ideal_per_s"])
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({**seen, **row.figures(), "ideal_per_s": ideal_of(row, options)})
-    told = ", ".join(f"{key} {value}" for key, value in seen.items())
-    (options.out / f"{name}.md").write_text(f"{told}\n\n{table(rows, options)}\n")
+    told = [{**row.figures(), "ideal_per_s": ideal_of(row, options)} for row in rows]
+    results_file.write(options.out, name, seen, told, table(rows, options))
 
 
 def table(rows: list[Row], options: argparse.Namespace) -> str:

@@ -1,7 +1,8 @@
 """A closed loop of clients in a process of its own: each sends its next request when its last is answered.
 
-Run as `python -m bench.load PORT PATH CONCURRENCY REQUESTS BODY`; prints one JSON object. It speaks HTTP/1.1
-over plain sockets, because a client library would take more of the machine than the servers under test.
+Run as `python -m bench.load PORT PATH CONCURRENCY REQUESTS BODY [HEADERS [IMAGES [FIRST_TASK]]]`; prints one JSON
+object. It speaks HTTP/1.1 over plain sockets, because a client library would take more of the machine than the
+servers under test.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import json
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import uvloop
 
@@ -36,19 +38,39 @@ class Load:
     errors: Counter[str] = field(default_factory=Counter)
 
 
+@dataclass(frozen=True)
+class Bodies:
+    """What each request says.
+
+    Attributes:
+        text: With `{task_id}` and `{image}` where those go.
+        images: `{image}` counts through so many, from 0.
+        first_task: Request n is about the task of this number plus n; about a new random one if it is None.
+    """
+
+    text: str
+    images: int = 1
+    first_task: int | None = None
+
+    def of(self, number: int) -> bytes:
+        """The body of request `number`, counted from 0."""
+        task_id = uuid4() if self.first_task is None else UUID(int=self.first_task + number)
+        body = self.text.replace("{task_id}", str(task_id)).replace("{image}", str(number % self.images))
+        return body.encode()
+
+
 class Client:
     """One connection, kept open."""
 
-    def __init__(self, port: int, path: str, body: str, headers: str = "") -> None:
-        self._port, self._path, self._body, self._headers = port, path, body, headers
+    def __init__(self, port: int, path: str, headers: str = "") -> None:
+        self._port, self._path, self._headers = port, path, headers
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
-    async def ask(self) -> tuple[int, bytes]:
-        """Send one request; the task id in its body is new each time."""
+    async def ask(self, body: bytes) -> tuple[int, bytes]:
+        """Send one request."""
         if self._streams is None:
             self._streams = await asyncio.open_connection("127.0.0.1", self._port)
         reader, writer = self._streams
-        body = self._body.replace("{task_id}", str(uuid4())).encode()
         head = (
             f"POST {self._path} HTTP/1.1\r\nHost: 127.0.0.1:{self._port}\r\n{self._headers}"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -74,13 +96,12 @@ class Client:
             self._streams = None
 
 
-async def _repeat(client: Client, tickets: list[None], load: Load) -> None:
-    while tickets:
-        tickets.pop()
+async def _repeat(client: Client, numbers: Iterator[int], bodies: Bodies, load: Load) -> None:
+    for number in numbers:
         began = time.perf_counter()
         try:
             async with asyncio.timeout(ANSWER_WITHIN_S):
-                status, body = await client.ask()
+                status, body = await client.ask(bodies.of(number))
         except (OSError, EOFError, TimeoutError, ValueError) as error:
             load.errors[type(error).__name__] += 1
             client.close()
@@ -94,20 +115,26 @@ async def _repeat(client: Client, tickets: list[None], load: Load) -> None:
     client.close()
 
 
-async def run(port: int, path: str, concurrency: int, requests: int, body: str, headers: str = "") -> Load:
+async def run(
+    port: int, path: str, concurrency: int, requests: int, bodies: Bodies, headers: str = ""
+) -> Load:
     """Send `requests` requests with `concurrency` of them under way at any time."""
-    load, tickets = Load(), [None] * requests
+    load, numbers = Load(), iter(range(requests))
     began = time.perf_counter()
-    clients = [Client(port, path, body, headers) for _ in range(concurrency)]
-    await asyncio.gather(*(_repeat(client, tickets, load) for client in clients))
+    clients = [Client(port, path, headers) for _ in range(concurrency)]
+    await asyncio.gather(*(_repeat(client, numbers, bodies, load) for client in clients))
     load.seconds = time.perf_counter() - began
     return load
 
 
 def main() -> None:
     """Read the command line, run, print."""
-    port, path, concurrency, requests, body = sys.argv[1:6]
-    print(json.dumps(vars(uvloop.run(run(int(port), path, int(concurrency), int(requests), body)))))
+    port, path, concurrency, requests, body, *more = sys.argv[1:]
+    headers, images, first_task = (*more, *("", "1", "")[len(more) :])
+    bodies = Bodies(body, int(images), int(first_task) if first_task else None)
+    print(
+        json.dumps(vars(uvloop.run(run(int(port), path, int(concurrency), int(requests), bodies, headers))))
+    )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ boxes it depends on the image alone, so it is made once an image.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +59,23 @@ class TextFeatures:
     def select(self, index: Tensor) -> TextFeatures:
         """The features of chosen prompts, one for each entry of `index` (B,)."""
         return TextFeatures(self.tokens[index], self.is_token[index])
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of both tensors."""
+        return self.tokens.nbytes + self.is_token.nbytes
+
+    def split(self) -> list[TextFeatures]:
+        """The prompts one by one, each in memory of its own."""
+        return [
+            TextFeatures(self.tokens[row : row + 1].clone(), self.is_token[row : row + 1].clone())
+            for row in range(len(self.tokens))
+        ]
+
+    @classmethod
+    def join(cls, texts: Sequence[TextFeatures]) -> TextFeatures:
+        """Several as one."""
+        return cls(torch.cat([text.tokens for text in texts]), torch.cat([text.is_token for text in texts]))
 
     def append(self, tokens: Tensor) -> TextFeatures:
         """With `tokens` (B, K, C), none of them padding, behind those there are."""

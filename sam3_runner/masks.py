@@ -13,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from sam3_runner import rle
+from sam3_runner.run_deflate import deflate_runs
 from sam3_runner.types import RunLengthMask
 
 _FILL_OPACITY: Final = 0.45
@@ -21,25 +22,20 @@ _GOLDEN_RATIO: Final = 0.61803398875  # steps of this around the hue circle neve
 _Color = tuple[int, int, int]
 
 
-def encode_png(mask: npt.NDArray[np.bool_]) -> bytes:
+def encode_png(mask: RunLengthMask) -> bytes:
     """Encode a mask as a greyscale PNG of its own size: 255 inside, 0 outside, 8 bits per pixel.
 
-    Written here and not by Pillow: masks are long runs of equal bytes, and zlib's run-length strategy alone,
-    without PNG's filters, takes 17 ms of CPU for 12 MP (40 KiB) where Pillow at level 1 takes 51 (104 KiB).
-    One bit per pixel would take 4 ms (Pillow: 15), but many readers then give 0 and 1, not 0 and 255.
-
-    Args:
-        mask: (H, W) bool.
+    The pixels are never there: the file is put together from the places where rows change. One bit per pixel would
+    be a tenth of the size, but many readers then give 0 and 1, not 0 and 255.
     """
-    if mask.ndim != 2 or mask.dtype != np.bool_ or mask.size == 0:
-        raise ValueError(f"Expected a mask of shape (H, W) and dtype bool, got {mask.shape} {mask.dtype}.")
-    height, width = mask.shape
-    rows = np.zeros((height, 1 + width), dtype=np.uint8)  # each begins with its filter type, 0: none
-    np.multiply(mask.view(np.uint8), 255, out=rows[:, 1:])
-    deflate = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_RLE)
-    pixels = deflate.compress(rows.data) + deflate.flush()
+    height, width = mask.size_hw
+    edges = rle.row_edges(mask) + 1  # each row begins with its filter type, 0: none
+    lengths = np.diff(edges, prepend=0, append=height * (width + 1))
+    if lengths[-1] == 0:
+        lengths = lengths[:-1]
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)  # 8 bits, greyscale, not interlaced
-    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", pixels) + _chunk(b"IEND", b"")
+    chunks = ((b"IHDR", header), (b"IDAT", deflate_runs(lengths)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(name, body) for name, body in chunks)
 
 
 def _chunk(name: bytes, body: bytes) -> bytes:

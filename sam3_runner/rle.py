@@ -62,6 +62,49 @@ def decode_mask(rle: RunLengthMask) -> npt.NDArray[np.bool_]:
     return np.ascontiguousarray(columns_down.T)  # (W, H) -> (H, W)
 
 
+def row_edges(rle: RunLengthMask) -> npt.NDArray[np.int64]:
+    """Where the mask changes when it is read row by row; costs its outline, not its area.
+
+    Returns:
+        (2M,) ascending: positions y·(W + 1) + x at which the mask begins to be, and ceases to be, in turn. Each row
+        begins outside the mask; one that ends inside it ceases at x = W.
+    """
+    height, width = rle.size_hw
+    starts, ends = _intervals_by_column(rle)
+    # A column is what its left neighbour is not where the edges of the two, taken together, open and close.
+    own = np.stack((starts, ends), axis=1).ravel()  # (M, 2) -> (2M,)
+    both = odd_ones(np.sort(np.concatenate((own, own + height + 1))))
+    columns, first_rows = np.divmod(both[::2], height + 1)
+    lengths = both[1::2] - both[::2]
+    # Row by row through each of these intervals.
+    rows = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths - first_rows, lengths)
+    return np.sort(rows * (width + 1) + np.repeat(columns, lengths))
+
+
+def _intervals_by_column(rle: RunLengthMask) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Starts and ends of the runs of ones, cut at the columns' feet: x·(H + 1) + y, so that y may be H."""
+    height = rle.size_hw[0]
+    edges = np.cumsum(rle.counts, dtype=np.int64)
+    starts, ends = edges[: len(edges) - 1 : 2], edges[1::2]
+    starts, ends = starts[ends > starts], ends[ends > starts]
+    first, last = starts // height, (ends - 1) // height
+    pieces = last - first + 1
+    column = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces - first, pieces)
+    head = column * height
+    return (
+        column + np.maximum(np.repeat(starts, pieces), head),
+        column + np.minimum(np.repeat(ends, pieces), head + height),
+    )
+
+
+def odd_ones(ascending: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Those numbers that are there an odd number of times, once each: two changes in one place are none."""
+    is_last = np.append(ascending[1:] != ascending[:-1], True) if len(ascending) else np.empty(0, bool)
+    lasts = np.flatnonzero(is_last)
+    times = np.diff(lasts, prepend=-1)
+    return ascending[lasts[times % 2 == 1]]
+
+
 def area_px(rle: RunLengthMask) -> int:
     """Number of pixels in the mask, from its counts alone."""
     return int(rle.counts[1::2].sum(dtype=np.int64))

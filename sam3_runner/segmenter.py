@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -12,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
-from transformers import Sam3Model
 
+from sam3_runner.cache import LruCache
 from sam3_runner.checkpoint import DEMO_CHECKPOINT, Checkpoint
+from sam3_runner.engine import MAX_ROWS, STATIC_SIZES, Answers, EncodedImages, Engine
 from sam3_runner.errors import DeviceOutOfMemory, InferenceFailed, InvalidInput, RunnerError
-from sam3_runner.forward import ImageFeatures, LayerOutputs, TextFeatures, decode, encode_image, encode_text
+from sam3_runner.forward import TextFeatures
 from sam3_runner.images import resize_for_model
 from sam3_runner.text import MAX_PROMPTS, PromptChecker
 from sam3_runner.types import (
@@ -31,38 +32,39 @@ from sam3_runner.types import (
 )
 from sam3_runner.upsample import masks_from_logits
 
-IMAGES_PER_PASS = 16  # more gain nothing on an H200 and cost memory: 1008² features are 60 MB an image
-PAIRS_PER_PASS = 16  # (image, prompt) pairs decoded together
+# The last images asked about, each 56 MB in bfloat16 and twice that in float32 at full size: a second question about
+# one of them skips the image encoder, which is most of the work.
+IMAGE_CACHE_BYTES = {"cuda": 2 << 30, "cpu": 256 << 20}
+TEXT_CACHE_BYTES = 64 << 20  # some thousand prompts
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """One prompt of one image of a batch."""
+    """One prompt of one image of a batch, and its features."""
 
     item: int
-    prompt: Prompt
+    image: EncodedImages
+    text: TextFeatures
 
 
 class Segmenter:
     """A loaded SAM3. Holds no state of a request; one thread at a time.
 
     Args:
-        model: On its device, in evaluation mode.
-        checkpoint: Where it came from.
+        engine: On its device.
+        info: What is loaded.
         prompts: The checkpoint's tokenizer and limits.
-        dtype: What the model computes in. Weights stay float32; below that, autocast decides per operation.
     """
 
-    def __init__(
-        self, model: Sam3Model, checkpoint: Checkpoint, prompts: PromptChecker, dtype: torch.dtype
-    ) -> None:
-        self._model = model
-        self._checkpoint = checkpoint
+    def __init__(self, engine: Engine, info: ModelInfo, prompts: PromptChecker) -> None:
+        self.info = info
+        self._engine = engine
         self._prompts = prompts
-        self._dtype = dtype
-        self._device = next(model.parameters()).device
+        self._device = torch.device(info.device)
+        self._images: LruCache[EncodedImages] = LruCache(IMAGE_CACHE_BYTES[self._device.type])
+        self._texts: LruCache[TextFeatures] = LruCache(TEXT_CACHE_BYTES)
 
     @classmethod
     def from_checkpoint(
@@ -84,34 +86,42 @@ class Segmenter:
             CheckpointError: it is not there, or does not fit the model tensor by tensor.
         """
         device = torch.device(device)
+        default = torch.bfloat16 if device.type == "cuda" else torch.float32
+        dtype = dtype or default
         checkpoint = Checkpoint.open(path)
         prompts = PromptChecker.from_checkpoint(path, max_prompts)
-        default = torch.bfloat16 if device.type == "cuda" else torch.float32
-        return cls(checkpoint.load_model(device), checkpoint, prompts, dtype or default)
-
-    @property
-    def info(self) -> ModelInfo:
-        """What is loaded, counted from the model itself."""
-        tensors = list(self._model.parameters())
-        return ModelInfo(
+        # Mapped from its file, on the host; the engine moves what it needs, and converts it there.
+        model = checkpoint.load_model(torch.device("cpu"))
+        parameters = sum(tensor.numel() for tensor in model.parameters())
+        info = ModelInfo(
             model_name="SAM3",
-            model_version=self._checkpoint.version,
-            parameters=sum(tensor.numel() for tensor in tensors),
-            weights_size_gb=sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e9,
-            device=str(self._device),
-            dtype=str(self._dtype).removeprefix("torch."),
-            input_size_px=self._checkpoint.input_size_px,
-            max_text_tokens=self._checkpoint.max_text_tokens,
+            model_version=checkpoint.version,
+            parameters=parameters,
+            weights_size_gb=parameters * dtype.itemsize / 1e9,
+            device=str(device),
+            dtype=str(dtype).removeprefix("torch."),
+            input_size_px=checkpoint.input_size_px,
+            max_text_tokens=checkpoint.max_text_tokens,
         )
+        engine = Engine(model, device, dtype)
+        if device.type == "cuda":
+            engine.accelerate()
+        return cls(engine, info, prompts)
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Refuse prompts that cannot be answered, without touching the device; see `PromptChecker.check`."""
         self._prompts.check(prompts)
 
     def warm_up(self) -> None:
-        """Run once on an empty image, so that the first caller does not wait for lazy initialisation."""
-        size = self._checkpoint.input_size_px
-        self.segment(np.zeros((size, size, 3), np.uint8), [TextPrompt("warm up")])
+        """Run every batch size once, so that no caller waits for lazy initialisation, compilation or recording."""
+        size = self.info.input_size_px
+        prompts = [TextPrompt(f"warm up {number}") for number in range(MAX_ROWS)]
+        sizes = STATIC_SIZES if self._device.type == "cuda" else (1,)
+        for rows in sizes:
+            pixels = [np.full((size, size, 3), rows, np.uint8) for _ in range(rows)]
+            self._segment_all([SegmentItem(image, (size, size), tuple(prompts[:1])) for image in pixels])
+            self._segment_all([SegmentItem(pixels[0], (size, size), tuple(prompts[:rows]))])
+            self._texts.clear()
 
     def segment(
         self, image: npt.NDArray[np.uint8], prompts: Sequence[Prompt], score_threshold: float = 0.5
@@ -132,17 +142,18 @@ class Segmenter:
         Source: SAM 3 (Meta, 2025), §3; scores as in its image processor.
         """
         self.check_prompts(prompts)
-        pixels = resize_for_model(image, self._checkpoint.input_size_px)
+        pixels = resize_for_model(image, self.info.input_size_px)
         height, width = image.shape[:2]
-        item = SegmentItem(pixels, (height, width), tuple(prompts), score_threshold)
+        key = hashlib.sha256(pixels.data).digest()
+        item = SegmentItem(pixels, (height, width), tuple(prompts), score_threshold, key)
         with _device_errors():
             return self._segment_all([item])[0]
 
     def segment_batch(self, items: Sequence[SegmentItem]) -> list[SegmentResult]:
         """Segment several images, each with its own prompts, together.
 
-        Every image is encoded once and every distinct prompt once; an item's answer does not depend on its
-        neighbours.
+        Every image is encoded once and every distinct prompt once, and neither if it was lately; an item's answer
+        does not depend on its neighbours.
 
         Returns:
             One result per item, in order. What is wrong with one item is its own `error`; the others get answers.
@@ -166,7 +177,7 @@ class Segmenter:
 
     def _fault(self, item: SegmentItem) -> ItemError | None:
         """What is wrong with an item, before the device sees it."""
-        size = self._checkpoint.input_size_px
+        size = self.info.input_size_px
         if item.pixels.shape != (size, size, 3) or item.pixels.dtype != np.uint8:
             got = f"{item.pixels.dtype} {item.pixels.shape}"
             return ItemError(
@@ -187,76 +198,87 @@ class Segmenter:
                 return self._segment_all(items)
         except RunnerError as error:
             logger.warning("a batch of %d failed: %s", len(items), error)
+            self._images.clear()  # it may be what fills the device
             if len(items) == 1:
                 return [ItemError(type(error).__name__, str(error))]
         half = len(items) // 2
         return [*self._segment_or_halve(items[:half]), *self._segment_or_halve(items[half:])]
 
     def _segment_all(self, items: Sequence[SegmentItem]) -> list[list[Segmentation]]:
-        autocast = torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32)
-        found: list[list[Segmentation]] = []
-        with torch.inference_mode(), autocast:
-            for start in range(0, len(items), IMAGES_PER_PASS):
-                found += self._segment_pass(items[start : start + IMAGES_PER_PASS])
-        return found
-
-    def _segment_pass(self, items: Sequence[SegmentItem]) -> list[list[Segmentation]]:
-        pairs = [_Pair(index, prompt) for index, item in enumerate(items) for prompt in item.prompts]
-        distinct = list(dict.fromkeys(pair.prompt for pair in pairs))
-        images = encode_image(self._model, self._pixel_values(items))
-        texts = self._encode_texts(distinct)
-        row_of = {prompt: row for row, prompt in enumerate(distinct)}
         found: list[list[Segmentation]] = [[] for _ in items]
-        for start in range(0, len(pairs), PAIRS_PER_PASS):
-            chunk = pairs[start : start + PAIRS_PER_PASS]
-            image_rows, text_rows = [pair.item for pair in chunk], [row_of[pair.prompt] for pair in chunk]
-            outputs = self._decode(images, texts, image_rows, text_rows)
-            for row, pair in enumerate(chunk):
-                found[pair.item].append(_keep(outputs, row, items[pair.item]))
+        with torch.inference_mode():
+            texts = self._encode_texts([prompt for item in items for prompt in item.prompts])
+            for start in range(0, len(items), MAX_ROWS):
+                images = self._encode_images(items[start : start + MAX_ROWS])
+                pairs = [
+                    _Pair(start + row, image, texts[prompt])
+                    for row, image in enumerate(images)
+                    for prompt in items[start + row].prompts
+                ]
+                for first in range(0, len(pairs), MAX_ROWS):
+                    self._answer(pairs[first : first + MAX_ROWS], items, found)
         return found
 
-    def _pixel_values(self, items: Sequence[SegmentItem]) -> Tensor:
-        """(I, 3, S, S) in [-1, 1] on the device; pixels travel there as bytes."""
-        pixels = torch.from_numpy(np.stack([item.pixels for item in items])).to(self._device)
-        return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    def _encode_images(self, items: Sequence[SegmentItem]) -> list[EncodedImages]:
+        """One for each item; those that were asked about lately are not encoded again."""
+        names = [row if item.key is None else item.key for row, item in enumerate(items)]
+        encoded = {name: image for name in names if (image := self._images.get(name)) is not None}
+        new = {name: item.pixels for name, item in zip(names, items, strict=True) if name not in encoded}
+        if new:
+            pixels = torch.from_numpy(np.stack(list(new.values()))).to(self._device)
+            for name, image in zip(new, self._engine.encode_images(pixels).split(), strict=True):
+                encoded[name] = image
+                if isinstance(name, bytes):
+                    self._images.put(name, image)
+        return [encoded[name] for name in names]
 
-    def _encode_texts(self, prompts: Sequence[Prompt]) -> TextFeatures:
-        parts: list[TextFeatures] = []
-        for start in range(0, len(prompts), self._prompts.max_prompts):
-            tokens = self._prompts.encode(prompts[start : start + self._prompts.max_prompts])
-            input_ids, attention_mask = (torch.from_numpy(part).to(self._device) for part in tokens)
-            parts.append(encode_text(self._model, input_ids, attention_mask))
-        return TextFeatures(
-            torch.cat([part.tokens for part in parts]), torch.cat([part.is_token for part in parts])
-        )
+    def _encode_texts(self, prompts: Sequence[Prompt]) -> dict[Prompt, TextFeatures]:
+        """The features of every distinct prompt; those that were asked lately are not encoded again."""
+        distinct = list(dict.fromkeys(prompts))
+        encoded = {prompt: text for prompt in distinct if (text := self._texts.get(prompt)) is not None}
+        new = [prompt for prompt in distinct if prompt not in encoded]
+        for start in range(0, len(new), MAX_ROWS):
+            chunk = new[start : start + MAX_ROWS]
+            tokens = (torch.from_numpy(part).to(self._device) for part in self._prompts.encode(chunk))
+            for prompt, text in zip(chunk, self._engine.encode_texts(*tokens).split(), strict=True):
+                encoded[prompt] = text
+                self._texts.put(prompt, text)
+        return encoded
 
-    def _decode(
-        self, images: ImageFeatures, texts: TextFeatures, image_rows: list[int], text_rows: list[int]
-    ) -> LayerOutputs:
-        rows = (torch.tensor(index, device=self._device) for index in (image_rows, text_rows))
-        image_index, text_index = rows
-        return decode(self._model, images.select(image_index), texts.select(text_index))
-
-
-def _keep(outputs: LayerOutputs, row: int, item: SegmentItem) -> Segmentation:
-    """The instances of one pair that score above the item's threshold, best first."""
-    scores = outputs.logits[-1, row].sigmoid() * outputs.presence_logits[-1, row].sigmoid()  # (N,)
-    kept = torch.nonzero(scores > item.score_threshold)[:, 0]
-    kept = kept[scores[kept].argsort(descending=True, stable=True)]
-    height, width = item.size_hw
-    boxes = _to_xyxy_px(outputs.boxes_cxcywh[-1, row, kept], height, width)
-    embeddings, pixels = outputs.mask_embeddings[-1, row, kept], outputs.pixel_embeddings[row]
-    logits = torch.einsum("nc,chw->nhw", embeddings, pixels)
-    return Segmentation(
-        scores[kept].cpu().numpy(), boxes.cpu().numpy(), masks_from_logits(logits, item.size_hw)
-    )
+    def _answer(
+        self, pairs: Sequence[_Pair], items: Sequence[SegmentItem], found: list[list[Segmentation]]
+    ) -> None:
+        """Answer pairs, at most `MAX_ROWS`, and append what is found to their items'."""
+        first = pairs[0].image
+        is_one_image = all(pair.image is first for pair in pairs)
+        images = first if is_one_image else EncodedImages.join([pair.image for pair in pairs])
+        answers = self._engine.answer(images, TextFeatures.join([pair.text for pair in pairs]))
+        decided = torch.cat([answers.scores[..., None], answers.boxes_cxcywh], dim=-1).cpu().numpy()
+        for row, pair in enumerate(pairs):
+            found[pair.item].append(_keep(answers, decided[row], row, items[pair.item]))
 
 
-def _to_xyxy_px(boxes_cxcywh: Tensor, height: int, width: int) -> Tensor:
+def _keep(answers: Answers, decided: npt.NDArray[np.float32], row: int, item: SegmentItem) -> Segmentation:
+    """The instances of one pair that score above the item's threshold, best first.
+
+    `decided` (N, 5) holds the pair's scores and boxes, on the host.
+    """
+    scores, boxes = decided[:, 0], decided[:, 1:]
+    kept = np.flatnonzero(scores > item.score_threshold)
+    kept = kept[np.argsort(-scores[kept], kind="stable")]
+    if not len(kept):
+        return Segmentation(scores[kept], boxes[kept], ())
+    logits = answers.mask_logits(row, torch.from_numpy(kept).to(answers.scores.device))
+    masks = masks_from_logits(logits, item.size_hw)
+    return Segmentation(scores[kept], _to_xyxy_px(boxes[kept], item.size_hw), masks)
+
+
+def _to_xyxy_px(boxes_cxcywh: npt.NDArray[np.float32], size_hw: tuple[int, int]) -> npt.NDArray[np.float32]:
     """(N, 4) relative centre boxes to corners in pixels, clipped to the image."""
     centre, half = boxes_cxcywh[:, :2], boxes_cxcywh[:, 2:] / 2
-    corners = torch.cat([centre - half, centre + half], dim=1).clamp(0, 1)
-    return corners * torch.tensor([width, height, width, height], device=corners.device)
+    corners = np.concatenate([centre - half, centre + half], axis=1).clip(0, 1)
+    height, width = size_hw
+    return corners * np.array([width, height, width, height], np.float32)
 
 
 @contextlib.contextmanager

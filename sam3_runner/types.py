@@ -60,12 +60,15 @@ class SegmentItem:
         size_hw: The upright original's height and width; masks and boxes come back in this frame.
         prompts: At least one.
         score_threshold: Instances scoring above this are kept, in [0, 1].
+        key: Names the pixels: equal keys must mean equal pixels, whoever sent them (a cryptographic hash). With one,
+            the encoded image is kept for the next question. None: it is not.
     """
 
     pixels: npt.NDArray[np.uint8]
     size_hw: tuple[int, int]
     prompts: tuple[Prompt, ...]
     score_threshold: float = 0.5
+    key: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)

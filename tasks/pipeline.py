@@ -19,11 +19,10 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from sam3_runner import errors as runner_errors
 from sam3_runner import rle
-from sam3_runner.images import ImageLimits, open_image, resize_for_model
+from sam3_runner.images import ImageLimits, ModelImage, open_for_model
 from sam3_runner.masks import encode_png
 from sam3_runner.types import (
     ItemError,
@@ -246,7 +245,7 @@ class Pipeline:
         await asyncio.shield(finishing)  # all else is done: whoever gives up now must not undo it
         return outcome
 
-    async def _claim_and_load(self, work: _Work) -> tuple[_ModelInput, ModelInfo]:
+    async def _claim_and_load(self, work: _Work) -> tuple[ModelImage, ModelInfo]:
         """The row to `processing` beside the download; what the row says comes first, if both fail."""
         claim = work.write_row(lambda: self._tasks.start(work.inputs))
         load = asyncio.create_task(self._load(work))
@@ -258,10 +257,10 @@ class Pipeline:
             await asyncio.gather(load, return_exceptions=True)
             raise
 
-    async def _load(self, work: _Work) -> tuple[_ModelInput, ModelInfo]:
+    async def _load(self, work: _Work) -> tuple[ModelImage, ModelInfo]:
         data, model = await _together(self._download(work), self._model_info())
         with work.clock.timed("decode"):
-            image = await self._in_pool(_decode, data, self._limits, model.input_size_px)
+            image = await self._in_pool(open_for_model, data, model.input_size_px, self._limits)
         return image, model
 
     async def _download(self, work: _Work) -> bytes:
@@ -273,7 +272,7 @@ class Pipeline:
             self._model = await self._runner.info()
         return self._model
 
-    async def _segment(self, work: _Work, image: _ModelInput) -> SegmentResult:
+    async def _segment(self, work: _Work, image: ModelImage) -> SegmentResult:
         prompts = tuple(TextPrompt(text) for text in work.job.prompts)
         item = SegmentItem(image.pixels, image.size_hw, prompts, work.job.score_threshold)
         began = time.perf_counter()
@@ -374,14 +373,6 @@ class _Clock:
             self.stage_ms[stage] = (time.perf_counter() - began) * 1000
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _ModelInput:
-    """An image as the runner takes it: (S, S, 3) uint8 RGB, and the upright original's size."""
-
-    pixels: npt.NDArray[np.uint8]
-    size_hw: tuple[int, int]
-
-
 def runner_error(error: ItemError) -> runner_errors.RunnerError:
     """The runner's error that came as data; one that has no name here is `InferenceFailed`."""
     named = {_plain(cls.__name__): cls for cls in _subclasses(runner_errors.RunnerError)}
@@ -410,16 +401,10 @@ def _inputs(job: Job, image_key: str = "") -> TaskInputs:
     )
 
 
-def _decode(data: bytes, limits: ImageLimits, input_size_px: int) -> _ModelInput:
-    image = open_image(data, limits)  # (H, W, 3)
-    height, width = image.shape[:2]
-    return _ModelInput(resize_for_model(image, input_size_px), (height, width))
-
-
 def _encode_union(masks: Sequence[RunLengthMask], size_hw: tuple[int, int]) -> tuple[bytes, float]:
     """The union as PNG, and the milliseconds that it took."""
     began = time.perf_counter()
-    png = encode_png(rle.union(masks, size_hw))
+    png = encode_png(rle.union_rle(masks, size_hw))
     return png, (time.perf_counter() - began) * 1000
 
 

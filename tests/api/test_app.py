@@ -23,6 +23,7 @@ from api.limits import InFlight
 from api.metrics import RequestMetrics
 from api.middleware import EnvelopeMiddleware
 from api.readiness import RunnerWatch
+from sam3_runner import rle
 from sam3_runner.checkpoint import DEMO_CHECKPOINT
 from sam3_runner.images import ImageLimits
 from sam3_runner.masks import encode_png
@@ -174,7 +175,7 @@ async def test_the_document_stays_served(face: Face) -> None:
 
 async def test_a_mask_is_read_whatever_the_limits_on_images_are(face: Face) -> None:
     noise = np.random.default_rng(0).random((200, 200)) < 0.5
-    png = encode_png(noise)
+    png = encode_png(rle.encode_mask(noise))
     assert len(png) > LIMITS.max_bytes and noise.size > LIMITS.max_pixels
     await face.store.put("masks/t-1/0.png", png, "image/png")
     response = await face.client.get("/files/masks/t-1/0.png")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench.batching import Row, ideal_of, levels_of, main, parse, systems_of, table
-from bench.load import Load, run
+from bench.load import Bodies, Load, run
 
 ANSWER = b'{"batch_size": 4}'
 
@@ -75,7 +75,7 @@ async def ports() -> AsyncIterator[dict[Scripted, int]]:
 )
 async def test_the_load_counts_answers_and_errors(ports, answers, sizes, errors) -> None:
     scripted = Scripted(*answers)
-    load = await run(await ports.open(scripted), "/predict", 1, 6, "{}")
+    load = await run(await ports.open(scripted), "/predict", 1, 6, Bodies("{}"))
     assert load.batch_sizes == [4] * sizes
     assert load.errors == errors
     assert len(load.latencies_ms) == sizes  # an error is not a fast answer
@@ -83,14 +83,22 @@ async def test_the_load_counts_answers_and_errors(ports, answers, sizes, errors)
 
 async def test_a_connection_that_breaks_is_an_error_and_the_rest_goes_on(ports) -> None:
     scripted = Scripted(with_length("200 OK", ANSWER), b"")
-    load = await run(await ports.open(scripted), "/predict", 1, 6, "{}")
+    load = await run(await ports.open(scripted), "/predict", 1, 6, Bodies("{}"))
     assert (len(load.batch_sizes), load.errors) == (3, {"IncompleteReadError": 3})
 
 
 async def test_every_request_names_a_task_of_its_own(ports) -> None:
     scripted = Scripted(with_length("200 OK", ANSWER))
-    await run(await ports.open(scripted), "/predict", 3, 9, '{"task_id":"{task_id}"}')
+    await run(await ports.open(scripted), "/predict", 3, 9, Bodies('{"task_id":"{task_id}"}'))
     assert len({json.loads(body)["task_id"] for body in scripted.bodies}) == 9
+
+
+async def test_tasks_and_images_are_the_ones_that_were_prepared(ports) -> None:
+    scripted = Scripted(with_length("200 OK", ANSWER))
+    bodies = Bodies('{"task_id":"{task_id}","image":"{image}"}', images=2, first_task=16)
+    await run(await ports.open(scripted), "/predict", 2, 4, bodies)
+    seen = {(body["task_id"][-2:], body["image"]) for body in map(json.loads, scripted.bodies)}
+    assert seen == {("10", "0"), ("11", "1"), ("12", "0"), ("13", "1")}
 
 
 def options(*arguments: str) -> argparse.Namespace:

@@ -248,6 +248,15 @@ KINDS: dict[str, Made] = {
 }
 
 
+JPEG_OPTIONS: tuple[dict[str, Any], ...] = (
+    *({"subsampling": sampling} for sampling in ("4:4:4", "4:2:2", "4:2:0", "4:1:1")),
+    {"progressive": True},
+    {"restart_marker_blocks": 3},
+    {"keep_rgb": True},
+    {"quality": 30},
+)
+
+
 def with_orientation(file_format: str, orientation: int) -> bytes:
     """The scene as stored by a phone held in one of eight ways."""
     exif = Image.Exif()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
+from sam3_runner import images
 from sam3_runner.errors import ImageError, ImageTooLarge, UndecodableImage, UnsupportedImage
 from sam3_runner.images import (
     MAX_JPEG_SCANS,
     READABLE_FORMATS,
     ImageLimits,
+    open_for_model,
     open_image,
     probe_image,
     resize_for_model,
@@ -483,3 +486,119 @@ class TestResizeForModel:
     def test_anything_but_rgb_bytes_is_refused(self, image: np.ndarray) -> None:
         with pytest.raises(ValueError, match=r"Expected \(H, W, 3\) uint8"):
             resize_for_model(image, 8)
+
+
+class TestOpenForModel:
+    side = 56  # at which none of the made images is scaled while it is decoded
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_it_is_opening_and_resizing(self, kind: str) -> None:
+        data = KINDS[kind].make()
+        whole = open_image(data)
+        image = open_for_model(data, self.side)
+        assert image.size_hw == whole.shape[:2]
+        assert np.array_equal(image.pixels, resize_for_model(whole, self.side))
+
+    @pytest.mark.parametrize("options", made_images.JPEG_OPTIONS, ids=str)
+    def test_a_jpeg_is_to_the_bit_what_pillow_reads(self, options: dict) -> None:
+        noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+        data = made_images.save(Image.fromarray(noise).resize((323, 237)), "JPEG", **options)
+        image = open_for_model(data, 230)
+        assert np.array_equal(image.pixels, resize_for_model(open_image(data), 230))
+
+    @pytest.mark.parametrize("orientation", UPRIGHT)
+    @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF", "HEIF", "AVIF"])
+    def test_the_picture_stands_upright_in_all_eight_orientations(
+        self, file_format: str, orientation: int
+    ) -> None:
+        data = made_images.with_orientation(file_format, orientation)
+        whole = open_image(data)
+        image = open_for_model(data, self.side)
+        assert image.size_hw == whole.shape[:2]
+        difference = np.abs(image.pixels.astype(int) - resize_for_model(whole, self.side))
+        assert difference.max() <= (1 if orientation > 4 else 0)
+
+    @pytest.mark.parametrize(
+        ("size_wh", "side", "decoded_hw"),
+        [
+            pytest.param((800, 600), 100, (150, 200), id="quarter"),
+            pytest.param((800, 600), 300, (300, 400), id="half, just covered"),
+            pytest.param((800, 600), 301, (600, 800), id="whole"),
+            pytest.param((801, 600), 300, (600, 801), id="an odd side"),
+            pytest.param((1600, 200), 150, (200, 1600), id="the shorter side counts"),
+        ],
+    )
+    @pytest.mark.parametrize("options", [{}, {"progressive": True}], ids=str)
+    def test_a_large_jpeg_is_decoded_no_larger_than_covers_the_input(
+        self,
+        size_wh: tuple[int, int],
+        side: int,
+        decoded_hw: tuple[int, int],
+        options: dict,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        coarse = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+        picture = Image.fromarray(coarse).resize(size_wh, Image.Resampling.BICUBIC)
+        data = made_images.save(picture, "JPEG", quality=95, **options)
+        resized: list[tuple[int, ...]] = []
+
+        def resize(pixels: np.ndarray, side: int) -> np.ndarray:
+            resized.append(pixels.shape)
+            return resize_for_model(pixels, side)
+
+        monkeypatch.setattr(images, "resize_for_model", resize)
+        image = open_for_model(data, side)
+        assert resized == [(*decoded_hw, 3)]
+        assert image.size_hw == size_wh[::-1]
+        difference = np.abs(image.pixels.astype(int) - resize_for_model(open_image(data), side))
+        assert difference.mean() < 1 and difference.max() <= 8
+
+    def test_a_scaled_jpeg_is_turned_and_its_profile_applied(self) -> None:
+        picture = made_images.picture().resize((960, 640), Image.Resampling.NEAREST)
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        icc = color_profiles.rgb_profile("swapped")
+        data = made_images.save(picture, "JPEG", quality=95, exif=exif.tobytes(), icc_profile=icc)
+        image = open_for_model(data, 100)
+        assert image.size_hw == (960, 640)
+        expected = resize_for_model(open_image(data), 100).astype(int)
+        assert np.abs(image.pixels - expected).mean() < 1
+
+    @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("jpeg")])
+    def test_a_damaged_jpeg_is_refused_as_when_it_is_opened_whole(self, kind: str) -> None:
+        whole = KINDS[kind].make()
+        random = np.random.default_rng(zlib.crc32(kind.encode()))
+        cut = [whole[:length] for length in range(1, len(whole), max(1, len(whole) // 60))]
+        for data in [*cut, *(damaged(whole, random) for _ in range(100))]:
+            assert outcome(lambda d: open_for_model(d, 8).size_hw, data) == outcome(
+                lambda d: open_image(d).shape[:2], data
+            )
+
+    @pytest.mark.parametrize(("kind", "size_wh"), SIZES_THAT_TURN_OUT_WRONG)
+    def test_a_header_that_lies_about_the_size_is_found_out(
+        self, kind: str, size_wh: tuple[int, int]
+    ) -> None:
+        with pytest.raises(UndecodableImage):
+            open_for_model(made_images.with_stated_size(kind, *size_wh), 8)
+
+    def test_limits_hold(self) -> None:
+        data = KINDS["jpeg"].make()
+        with pytest.raises(ImageTooLarge):
+            open_for_model(data, self.side, ImageLimits(max_pixels=HEIGHT * WIDTH - 1))
+        with pytest.raises(UndecodableImage, match="ends before the picture does"):
+            open_for_model(made_images.jpeg_closed_early(), 8)
+
+
+def damaged(whole: bytes, random: np.random.Generator) -> bytes:
+    data = bytearray(whole)
+    for at in random.integers(0, len(data), size=3):
+        data[at] = random.integers(256)
+    return bytes(data)
+
+
+def outcome(read: Callable[[bytes], object], data: bytes) -> object:
+    """What is read, or the kind of error."""
+    try:
+        return read(data)
+    except ImageError as error:
+        return type(error)

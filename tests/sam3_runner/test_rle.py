@@ -36,6 +36,16 @@ def slow_counts(mask: Mask) -> list[int]:
     return counts
 
 
+def slow_row_edges(mask: Mask) -> list[int]:
+    """Places y·(W + 1) + x where a row's pixel is not what is to the left of it; outside the mask is nothing."""
+    height, width = mask.shape
+    edges = []
+    for y in range(height):
+        row = [False, *mask[y].tolist(), False]
+        edges += [y * (width + 1) + x for x in range(width + 1) if row[x] != row[x + 1]]
+    return edges
+
+
 def slow_string(counts: list[int]) -> str:
     """COCO's compressed form, one number and one group of 5 bits at a time."""
     text = ""
@@ -101,6 +111,10 @@ class TestSpecialMasks:
         assert decoded.dtype == np.bool_
         assert decoded.flags.c_contiguous
 
+    def test_the_edges_of_rows_are_where_a_slow_reader_finds_them(self, name: str) -> None:
+        mask = special_masks()[name]
+        assert rle.row_edges(rle.encode_mask(mask)).tolist() == slow_row_edges(mask)
+
     def test_the_area_is_the_number_of_pixels(self, name: str) -> None:
         mask = special_masks()[name]
         assert rle.area_px(rle.encode_mask(mask)) == mask.sum()
@@ -124,6 +138,11 @@ class TestSpecialMasks:
 
 
 class TestRandomMasks:
+    @STEADY
+    @given(MASKS)
+    def test_the_edges_of_rows_are_where_a_slow_reader_finds_them(self, mask: Mask) -> None:
+        assert rle.row_edges(rle.encode_mask(mask)).tolist() == slow_row_edges(mask)
+
     @STEADY
     @given(MASKS)
     def test_encoding_equals_the_slow_way(self, mask: Mask) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,6 +98,25 @@ def test_one_bad_item_leaves_its_neighbours_their_answers(demo: Segmenter, scene
     assert_same_answer(results[1].segmentations[0], demo.segment(scenes[0].image, ask("circle"))[0])
 
 
+def test_a_second_question_about_an_image_skips_the_image_encoder(
+    random_checkpoint: Path, scenes: list[Scene]
+) -> None:
+    segmenter = Segmenter.from_checkpoint(random_checkpoint)
+    engine: Any = segmenter._engine
+    items = [item_of(scene, ("circle", "square"), threshold=0.0) for scene in scenes[:2]]
+    known = [dataclasses.replace(item, key=bytes([row])) for row, item in enumerate(items)]
+    expected = segmenter.segment_batch([*known, known[0]])
+    sound = engine.backbone
+    engine.backbone = FailsOnLargeBatches(sound, ValueError("encoded again"), limit=0)
+    for result, again in zip(expected, segmenter.segment_batch([*known, known[0]]), strict=True):
+        assert result.error is again.error is None
+        for one, other in zip(result.segmentations, again.segmentations, strict=True):
+            assert_same_answer(one, other)
+    assert segmenter.segment_batch(items)[0].error is not None  # nothing names these pixels
+    engine.backbone = sound
+    assert segmenter.segment_batch(items)[0].error is None
+
+
 def test_an_empty_batch_is_answered(demo: Segmenter) -> None:
     assert demo.segment_batch([]) == []
 
@@ -117,16 +138,16 @@ def test_prompts_are_refused_before_the_model_runs(
 
 
 class FailsOnLargeBatches(torch.nn.Module):
-    """Stands in for a device with little memory: more than one image at once is too much."""
+    """Stands in for a device with little memory: more than `limit` images at once are too much."""
 
-    def __init__(self, encoder: torch.nn.Module, error: Exception, limit: int) -> None:
+    def __init__(self, backbone: torch.nn.Module, error: Exception, limit: int) -> None:
         super().__init__()
-        self.encoder, self.error, self.limit = encoder, error, limit
+        self.backbone, self.error, self.limit = backbone, error, limit
 
-    def forward(self, pixel_values: torch.Tensor) -> object:
-        if len(pixel_values) > self.limit:
+    def forward(self, pixels: torch.Tensor) -> object:
+        if len(pixels) > self.limit:
             raise self.error
-        return self.encoder(pixel_values)
+        return self.backbone(pixels)
 
 
 @pytest.mark.parametrize(
@@ -138,18 +159,19 @@ def test_a_failing_batch_is_halved_until_what_fails_stands_alone(
 ) -> None:
     segmenter = Segmenter.from_checkpoint(random_checkpoint)
     items = [item_of(scene, ("circle",)) for scene in scenes[:5]]
-    model = segmenter._model
-    sound = model.vision_encoder
-    model.vision_encoder = FailsOnLargeBatches(sound, error, limit=1)
+    engine: Any = segmenter._engine
+    sound = engine.backbone
+    engine.backbone = FailsOnLargeBatches(sound, error, limit=1)
     assert all(result.error is None for result in segmenter.segment_batch(items))
-    model.vision_encoder = FailsOnLargeBatches(sound, error, limit=0)
+    engine.backbone = FailsOnLargeBatches(sound, error, limit=0)
     results = segmenter.segment_batch(items[:2])
     assert [result.error.code for result in results if result.error] == [code, code]
     assert "secret" not in str(results)
     if code == "DeviceOutOfMemory":
         with pytest.raises(DeviceOutOfMemory):
             segmenter.segment(scenes[0].image, ask("circle"))
-    model.vision_encoder = sound
+        assert len(segmenter._images) == 0  # what was kept may be what filled the device
+    engine.backbone = sound
     assert segmenter.segment_batch(items)[0].error is None
 
 

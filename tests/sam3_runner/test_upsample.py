@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sam3_runner import rle
-from sam3_runner.upsample import encode_crop, masks_from_logits
+from sam3_runner import rle, upsample
+from sam3_runner.upsample import masks_from_logits
 
 
 def upsample_whole(logits: torch.Tensor, size_hw: tuple[int, int]) -> np.ndarray:
@@ -47,13 +47,21 @@ def test_no_logits_give_no_masks() -> None:
     assert masks_from_logits(torch.zeros(0, 8, 8), (30, 20)) == ()
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_a_crop_encodes_as_the_full_mask_would(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    height, width = rng.integers(1, 12, 2)
-    top, left = rng.integers(0, height), rng.integers(0, width)
-    crop = rng.random((rng.integers(1, height - top + 1), rng.integers(1, width - left + 1))) > 0.4
-    full = np.zeros((height, width), bool)
-    full[top : top + crop.shape[0], left : left + crop.shape[1]] = crop
-    encoded = encode_crop(np.ascontiguousarray(crop.T), (int(top), int(left)), (int(height), int(width)))
-    np.testing.assert_array_equal(encoded.counts, rle.encode_mask(full).counts)
+def test_masks_do_not_depend_on_their_neighbours_nor_on_how_many_go_through_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logits = smooth_logits(7, 9, (30, 20), 0.0)
+    together = masks_from_logits(logits, (100, 77))
+    monkeypatch.setattr(upsample, "_TAPS_AT_ONCE", 1300)
+    monkeypatch.setattr(upsample, "_PAIRS_AT_ONCE", 50)
+    for one, mask in zip(masks_from_logits(logits, (100, 77)), together, strict=True):
+        np.testing.assert_array_equal(one.counts, mask.counts)
+
+
+@pytest.mark.parametrize("size_hw", [(64, 64), (50, 37), (9, 11), (16, 16)])
+def test_noise_with_exact_zeros_equals_the_whole_image_too(size_hw: tuple[int, int]) -> None:
+    logits = torch.randint(-2, 3, (6, 16, 16), generator=torch.Generator().manual_seed(1)).float()
+    expected = upsample_whole(logits, size_hw)
+    for mask, whole in zip(masks_from_logits(logits, size_hw), expected, strict=True):
+        differs = rle.decode_mask(mask) != (whole > 0)
+        assert np.abs(whole[differs]).max(initial=0) < 1e-5

@@ -1,0 +1,202 @@
+"""SAM3 prepared for inference: images in, text in, answers out, each stage by itself.
+
+`forward.py` is the slow, obvious form of the same; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import Sam3Model
+
+from sam3_runner.blocks import (
+    GeometryEncoder,
+    ImageBackbone,
+    LookAtImage,
+    LookAtPrompt,
+    MaskEmbedder,
+    Neck,
+    PixelDecoder,
+    QueryDecoder,
+    TextEncoder,
+    Weights,
+)
+from sam3_runner.forward import TextFeatures
+from sam3_runner.graphs import CudaGraphs
+
+# Rows that one pass takes, on a GPU as static sizes that smaller batches are padded to. A ViT of 5,184 tokens an
+# image fills an H200 from one image on; more than 8 images or pairs gain little and cost memory.
+STATIC_SIZES = (1, 2, 4, 8)
+MAX_ROWS = STATIC_SIZES[-1]
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """I encoded images: all of them that answering needs, and nothing that depends on a prompt.
+
+    Attributes:
+        pixels: (I, H·W, C) image tokens, row by row, after the first look at each other.
+        geometry: (I, 1, C), what the geometry encoder says of an image with no boxes marked on it.
+        fine: (I, 4H, 4W, C), what the finest level adds to the pixels of masks.
+        middle: (I, 2H, 2W, C), what the level between adds.
+    """
+
+    pixels: Tensor
+    geometry: Tensor
+    fine: Tensor
+    middle: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """In the order of the fields."""
+        return self.pixels, self.geometry, self.fine, self.middle
+
+    def split(self) -> list[EncodedImages]:
+        """The images one by one, each in memory of its own."""
+        return [
+            EncodedImages(*(tensor[row : row + 1].clone() for tensor in self.tensors))
+            for row in range(len(self.pixels))
+        ]
+
+    @classmethod
+    def join(cls, images: Sequence[EncodedImages]) -> EncodedImages:
+        """Several as one."""
+        if len(images) == 1:
+            return images[0]
+        return cls(*(torch.cat(parts) for parts in zip(*(image.tensors for image in images), strict=True)))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the model says of B (image, prompt) pairs, for N queries each.
+
+    Attributes:
+        scores: (B, N) float32 in [0, 1]: sigmoid(class logit) · sigmoid(presence logit).
+        boxes_cxcywh: (B, N, 4) float32 in [0, 1] of the image's width and height.
+        mask_embeddings: (B, N, C) float32.
+        mask_shifts: (B, N) float32.
+        pixels: (B, h, w, C).
+    """
+
+    scores: Tensor
+    boxes_cxcywh: Tensor
+    mask_embeddings: Tensor
+    mask_shifts: Tensor
+    pixels: Tensor
+
+    def mask_logits(self, pair: int, queries: Tensor) -> Tensor:
+        """(K, h, w) float32 mask logits of chosen queries (K,) of one pair."""
+        pixels = self.pixels[pair]
+        embeddings = self.mask_embeddings[pair, queries].to(pixels.dtype)  # (K, C)
+        logits = torch.einsum("hwc,kc->khw", pixels, embeddings).float()
+        return logits + self.mask_shifts[pair, queries, None, None]
+
+
+class Engine(nn.Module):
+    """A SAM3 prepared for inference. Holds no state of a request.
+
+    Args:
+        model: On any device, in float32; not changed, and not needed afterwards.
+        device: Where to compute.
+        dtype: What to compute in: float32; bfloat16, in which scores and boxes are still decided in float32; or
+            float8_e4m3fn, in which the image encoder's matrices are multiplied, the rest being bfloat16.
+    """
+
+    def __init__(self, model: Sam3Model, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        is_float8 = dtype == torch.float8_e4m3fn
+        weights = Weights(device, torch.bfloat16 if is_float8 else dtype)
+        with torch.no_grad():
+            image_weights = Weights(device, weights.dtype, is_float8)
+            self.backbone = ImageBackbone(image_weights, model.vision_encoder.backbone)
+            self.neck = Neck(weights, model.vision_encoder.neck)
+            position = self._positions(model, device)
+            self.geometry = GeometryEncoder(weights, model.geometry_encoder, position)
+            self.text = TextEncoder(weights, model)
+            layers = model.detr_encoder.layers
+            self.looks_at_image = nn.ModuleList(LookAtImage(weights, layer, position) for layer in layers)
+            self.looks_at_prompt = nn.ModuleList(LookAtPrompt(weights, layer) for layer in layers)
+            self.queries = QueryDecoder(weights, model, position, self.backbone.grid)
+            self.mask_embedder = MaskEmbedder(weights, model.mask_decoder)
+            self.pixel_decoder = PixelDecoder(weights, model.mask_decoder)
+        self.requires_grad_(False).eval()
+        self._encode_images: Callable[..., tuple[Tensor, ...]] = self._run_encode_images
+        self._encode_texts: Callable[..., tuple[Tensor, ...]] = self._run_encode_texts
+        self._answer: Callable[..., tuple[Tensor, ...]] = self._run_answer
+
+    def _positions(self, model: Sam3Model, device: torch.device) -> Tensor:
+        """(T, C) float32, the position encoding of the image tokens that the DETR encoder reads."""
+        encoding, grid = model.vision_encoder.neck.position_encoding, self.backbone.grid
+        table: Tensor = encoding(torch.Size((1, 1, grid, grid)), device, torch.float32)  # (1, C, H, W)
+        return table[0].flatten(1).T
+
+    def encode_images(self, pixels: Tensor) -> EncodedImages:
+        """Encode I images, (I, S, S, 3) uint8 on the device, at most `MAX_ROWS`.
+
+        The result may be overwritten by the next call; `split` copies it.
+        """
+        return EncodedImages(*self._encode_images(pixels))
+
+    def encode_texts(self, input_ids: Tensor, attention_mask: Tensor) -> TextFeatures:
+        """Encode B prompts, at most `MAX_ROWS`: (B, T) tokens, and 1 where a token is real.
+
+        The result may be overwritten by the next call.
+        """
+        (tokens,) = self._encode_texts(input_ids)
+        return TextFeatures(tokens, attention_mask.bool())
+
+    def answer(self, images: EncodedImages, texts: TextFeatures) -> Answers:
+        """Answer B pairs, at most `MAX_ROWS`.
+
+        Args:
+            images: B images, pair b being row b of images and texts; or one, for all.
+            texts: B prompts.
+        Returns:
+            May be overwritten by the next call.
+        """
+        return Answers(*self._answer(*images.tensors, texts.tokens, texts.is_token))
+
+    def accelerate(self) -> None:
+        """On a GPU: compile the layers, and record each stage at its static sizes when they are first used."""
+        self.compile_layers()
+        pool = torch.cuda.graph_pool_handle()
+        self._encode_images = CudaGraphs(self._run_encode_images, STATIC_SIZES, pool)
+        self._encode_texts = CudaGraphs(self._run_encode_texts, STATIC_SIZES, pool)
+        self._answer = CudaGraphs(self._run_answer, STATIC_SIZES, pool)
+
+    def compile_layers(self) -> None:
+        """Compile what repeats, not the whole: all layers of a kind share one compilation, made when first run."""
+        for part in (*self.backbone.layers, *self.text.layers, *self.looks_at_image, *self.looks_at_prompt):
+            part.compile(fullgraph=True)
+        for part in (self.neck, *self.geometry.layers, *self.queries.layers, self.pixel_decoder):
+            part.compile(fullgraph=True)
+
+    def _run_encode_images(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        fine, middle, coarse = self.neck(self.backbone(pixels))
+        tokens = coarse.flatten(1, 2)
+        prepared = self.pixel_decoder.prepare(fine, middle)
+        return self.looks_at_image[0](tokens), self.geometry(tokens), *prepared
+
+    def _run_encode_texts(self, input_ids: Tensor) -> tuple[Tensor]:
+        return (self.text(input_ids),)
+
+    def _run_answer(
+        self, pixels: Tensor, geometry: Tensor, fine: Tensor, middle: Tensor, tokens: Tensor, is_token: Tensor
+    ) -> tuple[Tensor, ...]:
+        texts = TextFeatures(tokens, is_token).append(geometry.expand(len(tokens), -1, -1))
+        tokens, is_token = texts.tokens, texts.is_token
+        pixels = self.looks_at_prompt[0](pixels, tokens, is_token)  # the image's first look is in `pixels`
+        for at_image, at_prompt in zip(self.looks_at_image[1:], self.looks_at_prompt[1:], strict=True):
+            pixels = at_prompt(at_image(pixels), tokens, is_token)
+        scores, boxes, queries = self.queries(pixels, tokens, is_token)
+        embeddings, shifts = self.mask_embedder(queries)
+        shown = self.pixel_decoder(pixels, tokens, is_token, fine, middle)
+        return scores, boxes, embeddings, shifts, shown
