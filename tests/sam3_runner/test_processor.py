@@ -8,29 +8,37 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 from torchvision.transforms import v2
-from transformers import Sam3ImageProcessor
+from transformers import Sam3ImageProcessor, Sam3Model
 
-from sam3_runner.forward import LayerOutputs
+from sam3_runner.checkpoint import DEMO_CHECKPOINT, Checkpoint
+from sam3_runner.engine import Answers
+from sam3_runner.forward import decode, encode_image, encode_text
 from sam3_runner.images import resize_for_model
 from sam3_runner.rle import decode_mask
 from sam3_runner.segmenter import Segmenter, _keep
-from sam3_runner.types import SegmentItem, TextPrompt
+from sam3_runner.types import Segmentation, SegmentItem, TextPrompt
 from sam3_runner.upsample import masks_from_logits
 
 SIZE_PX = 240  # the demo's; what is held does not depend on it
-ONE_ULP = 2**-23  # of what lies in [1, 2), more than any of these differ by
+ONE_ULP = 2**-23  # in [1, 2): the two round once each
 SHAPES_HW = [(150, 211), (480, 640), (1, 7), (SIZE_PX, SIZE_PX), (513, 40)]
 
 
 def made(size_hw: tuple[int, int], *, is_grey: bool = False) -> np.ndarray:
     pixels = np.random.default_rng(1).integers(0, 256, (*size_hw, 1 if is_grey else 3), dtype=np.uint8)
-    return np.ascontiguousarray(np.broadcast_to(pixels, (*size_hw, 3)))
+    return np.broadcast_to(pixels, (*size_hw, 3)).copy()
+
+
+@pytest.fixture(scope="module")
+def model() -> Sam3Model:
+    return Checkpoint.open(DEMO_CHECKPOINT).load_model(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("is_grey", [False, True], ids=["coloured", "grey"])
 @pytest.mark.parametrize("size_hw", SHAPES_HW)
+@torch.inference_mode()
 def test_pixels_are_resized_as_bytes_with_antialiasing_and_then_normalised(
-    demo: Segmenter, size_hw: tuple[int, int], is_grey: bool
+    demo: Segmenter, model: Sam3Model, size_hw: tuple[int, int], is_grey: bool
 ) -> None:
     image = made(size_hw, is_grey=is_grey)
     as_bytes = v2.Resize(size=(SIZE_PX, SIZE_PX))(v2.functional.to_image(Image.fromarray(image)))
@@ -39,10 +47,11 @@ def test_pixels_are_resized_as_bytes_with_antialiasing_and_then_normalised(
     )
 
     resized = resize_for_model(image, SIZE_PX)
-    values = demo._pixel_values([SegmentItem(resized, size_hw, (TextPrompt("red"),))])
+    *_, coarse = demo._engine.neck(demo._engine.backbone(torch.from_numpy(resized)[None]))  # (1, H, W, C)
 
     assert np.array_equal(resized, as_bytes.permute(1, 2, 0).numpy())
-    torch.testing.assert_close(values[0], as_floats, rtol=0, atol=ONE_ULP)
+    expected = encode_image(model, as_floats[None]).levels[-1]
+    torch.testing.assert_close(coarse.permute(0, 3, 1, 2), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_transformers_prepares_the_same_pixels() -> None:
@@ -53,39 +62,46 @@ def test_transformers_prepares_the_same_pixels() -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=ONE_ULP)
 
 
-def outputs_of(logits: list[float], presence: float, boxes_cxcywh: list[float]) -> LayerOutputs:
-    """One pair, one layer; every query has the same box and a mask that is positive all over."""
+def kept_of(
+    logits: list[float], presence: float, box_cxcywh: list[float], threshold: float = 0.5
+) -> Segmentation:
+    """What is kept of queries that have all the same box in an image of 10×20, and the same mask, all positive."""
     count = len(logits)
-    return LayerOutputs(
-        logits=torch.tensor(logits).view(1, 1, count),
-        boxes_cxcywh=torch.tensor(boxes_cxcywh).expand(1, 1, count, 4),
-        presence_logits=torch.tensor(presence).view(1, 1),
-        mask_embeddings=torch.ones(1, 1, count, 2),
-        pixel_embeddings=torch.ones(1, 2, 6, 6),
-        semantic_logits=None,
-        drawn=None,
+    scores = torch.tensor(logits).sigmoid() * torch.tensor(presence).sigmoid()
+    boxes = torch.tensor(box_cxcywh).expand(count, 4)
+    answers = Answers(
+        scores[None], boxes[None], torch.ones(1, count, 2), torch.zeros(1, count), torch.ones(1, 6, 6, 2)
     )
+    pixels = np.zeros((SIZE_PX, SIZE_PX, 3), np.uint8)
+    item = SegmentItem(pixels, (10, 20), (TextPrompt("red"),), threshold)
+    return _keep(answers, torch.cat([scores[:, None], boxes], dim=1).numpy(), 0, item)
 
 
-def item(threshold: float = 0.5) -> SegmentItem:
-    return SegmentItem(np.zeros((SIZE_PX, SIZE_PX, 3), np.uint8), (10, 20), (TextPrompt("red"),), threshold)
-
-
-def test_the_score_is_the_product_and_must_be_above_the_threshold() -> None:
+def test_the_score_must_be_above_the_threshold_not_at_it() -> None:
     certain = 40.0  # sigmoid(40) is 1 in float32, and sigmoid(0) exactly one half
     just_above = 1e-6
-    outputs = outputs_of([0.0, just_above, -just_above, 3.0], certain, [0.5, 0.5, 0.2, 0.2])
-
-    kept = _keep(outputs, 0, item())
-
+    kept = kept_of([0.0, just_above, -just_above, 3.0], certain, [0.5, 0.5, 0.2, 0.2])
     assert kept.scores.tolist() == torch.tensor([3.0, just_above]).sigmoid().tolist()
-    doubtful = outputs_of([1.0], 1.0, [0.5, 0.5, 0.2, 0.2])  # 0.73 · 0.73, and 0.73 alone would pass 0.6
-    assert len(_keep(doubtful, 0, item()).scores) == 1
-    assert len(_keep(doubtful, 0, item(0.6)).scores) == 0
+
+
+@torch.inference_mode()
+def test_the_score_is_the_product_with_the_presence(demo: Segmenter, model: Sam3Model) -> None:
+    image = made((SIZE_PX, SIZE_PX))
+    pixels = torch.from_numpy(image)[None]
+    tokens = [torch.from_numpy(part) for part in demo._prompts.encode([TextPrompt("red circle")])]
+    images, texts = demo._engine.encode_images(pixels), demo._engine.encode_texts(*tokens)
+    out = decode(
+        model, encode_image(model, pixels.permute(0, 3, 1, 2) / 127.5 - 1), encode_text(model, *tokens)
+    )
+
+    scores = demo._engine.answer(images, texts).scores
+
+    expected = out.logits[-1].sigmoid() * out.presence_logits[-1].sigmoid()[:, None]
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_boxes_are_metas_clipped_to_the_image() -> None:
-    kept = _keep(outputs_of([5.0], 5.0, [0.25, 0.5, 0.7, 0.4]), 0, item())
+    kept = kept_of([5.0], 5.0, [0.25, 0.5, 0.7, 0.4])
     np.testing.assert_allclose(kept.boxes_xyxy_px, [[0, 3, 12, 7]], atol=1e-5)
 
 
