@@ -19,7 +19,10 @@ from typing import TypeVar
 import torch
 import transformers
 from torch import nn
+from transformers import Sam3Model
 
+from sam3_runner.checkpoint import Checkpoint
+from sam3_runner.engine import Engine
 from sam3_runner.segmenter import Segmenter
 from tests.parity.compare import (
     BOX_TOLERANCE_PX,
@@ -40,6 +43,7 @@ from tests.parity.compare import (
 
 T = TypeVar("T")
 
+CPU = torch.device("cpu")
 RESULT = Path(__file__).parent / "results" / "parity.md"
 IMAGES = 3  # of the made cases; two prompts for the first
 LIBRARY_EPS = 1e-6  # of the vision encoder's normalisations, in transformers' configuration
@@ -69,9 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         segmenter = timed("load", lambda: Segmenter.from_checkpoint(folder / "sam3.pt"))
         together = timed("all images in one batch", lambda: ask_ours(segmenter, cases))
         alone = timed("the first image alone", lambda: ask_ours(segmenter, cases[:1]))
-        library = timed("Sam3Model.forward", lambda: ask_transformers(segmenter, cases))
-        use_epsilon(segmenter, LIBRARY_EPS)
-        epsilon = timed("with the library's epsilon", lambda: ask_ours(segmenter, cases[:1]))
+        model = Checkpoint.open(folder / "sam3.pt").load_model(CPU)
+        library = timed("Sam3Model.forward", lambda: ask_transformers(model, segmenter, cases))
+        use_epsilon(model, LIBRARY_EPS)
+        changed = Segmenter(Engine(model, CPU, torch.float32), segmenter.info, segmenter._prompts)
+        epsilon = timed("with the library's epsilon", lambda: ask_ours(changed, cases[:1]))
         ours = {
             "one batch": raw_differences(reference, together.raw),
             "alone": raw_differences(reference, alone.raw),
@@ -104,9 +110,9 @@ def timed(what: str, ask: Callable[[], T]) -> T:
     return answer
 
 
-def use_epsilon(segmenter: Segmenter, eps: float) -> None:
+def use_epsilon(model: Sam3Model, eps: float) -> None:
     """Let the vision encoder normalise with another one."""
-    for part in segmenter._model.vision_encoder.backbone.modules():
+    for part in model.vision_encoder.backbone.modules():
         if isinstance(part, nn.LayerNorm):
             part.eps = eps
 

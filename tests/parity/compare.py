@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
 import sys
@@ -17,11 +16,11 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import Sam3Config
+from transformers import Sam3Config, Sam3Model
 
-from sam3_runner import forward
-from sam3_runner import segmenter as segmenter_module
-from sam3_runner.forward import LayerOutputs
+from sam3_runner import engine
+from sam3_runner.engine import EncodedImages
+from sam3_runner.forward import TextFeatures
 from sam3_runner.images import resize_for_model
 from sam3_runner.rle import decode_mask
 from sam3_runner.segmenter import Segmenter
@@ -284,39 +283,30 @@ class Answers:
 
 
 def ask_ours(segmenter: Segmenter, cases: Sequence[Case]) -> Answers:
-    """All images in one batch, watching what the model itself says on the way."""
-    with _watched_decodes() as outputs:
+    """All images in one batch, watching what the engine itself says on the way."""
+    raw: list[Raw] = []
+    answer = segmenter._engine.answer
+
+    def watched(images: EncodedImages, texts: TextFeatures) -> engine.Answers:
+        answers = answer(images, texts)
+        queries = torch.arange(answers.scores.shape[1])
+        for pair, (scores, boxes) in enumerate(zip(answers.scores, answers.boxes_cxcywh, strict=True)):
+            raw.append(Raw(scores, boxes, answers.mask_logits(pair, queries)))
+        return answers
+
+    with mock.patch.object(segmenter._engine, "answer", watched):
         results = segmenter.segment_batch([_item(segmenter, case) for case in cases])
-    raw = [_raw(out, row) for out in outputs for row in range(len(out.presence_logits[-1]))]
     return Answers(raw, [result.segmentations for result in results])
 
 
-@contextlib.contextmanager
-def _watched_decodes() -> Iterator[list[LayerOutputs]]:
-    seen: list[LayerOutputs] = []
-
-    def watched(*args: Any, **kwargs: Any) -> LayerOutputs:
-        seen.append(forward.decode(*args, **kwargs))
-        return seen[-1]
-
-    with mock.patch.object(segmenter_module, "decode", watched):
-        yield seen
-
-
 @torch.inference_mode()
-def _raw(out: LayerOutputs, row: int) -> Raw:
-    scores = out.logits[-1, row].sigmoid() * out.presence_logits[-1, row].sigmoid()
-    masks = torch.einsum("nc,chw->nhw", out.mask_embeddings[-1, row], out.pixel_embeddings[row])
-    return Raw(scores, out.boxes_cxcywh[-1, row], masks)
-
-
-@torch.inference_mode()
-def ask_transformers(segmenter: Segmenter, cases: Sequence[Case]) -> list[Raw]:
+def ask_transformers(model: Sam3Model, segmenter: Segmenter, cases: Sequence[Case]) -> list[Raw]:
     """`Sam3Model.forward`, one image and prompt at a time, from the same pixels and tokens."""
-    model, answers = segmenter._model, list[Raw]()
+    answers: list[Raw] = []
     for case in cases:
         item = _item(segmenter, case)
-        vision = model.get_vision_features(segmenter._pixel_values([item]))
+        pixels = torch.from_numpy(item.pixels).permute(2, 0, 1)[None] / 127.5 - 1  # (1, 3, S, S)
+        vision = model.get_vision_features(pixels)
         for prompt in item.prompts:
             input_ids, attention_mask = map(torch.from_numpy, segmenter._prompts.encode([prompt]))
             out = model(vision_embeds=vision, input_ids=input_ids, attention_mask=attention_mask)

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from sam3_runner.checkpoint import Checkpoint
 from sam3_runner.errors import InvalidPrompt
 from sam3_runner.segmenter import Segmenter
-from sam3_runner.text import SPECIAL_TEXTS, VOCABULARY_FILE, PromptChecker, clean, read_vocabulary
+from sam3_runner.text import SPECIAL_TEXTS, PromptChecker, clean, read_vocabulary
 from sam3_runner.types import TextPrompt
 from tests.parity.compare import (
     REDUCED,
@@ -76,24 +77,23 @@ def test_the_comparison_sees_a_geometry_token_that_is_left_out(
     reference: Reference, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What `Sam3Model.forward` does. Random weights are enough to tell."""
-    monkeypatch.setattr("sam3_runner.forward.TextFeatures.append", lambda text, tokens: text)
+    monkeypatch.setattr("sam3_runner.forward.TextFeatures.append", lambda texts, tokens: texts)
 
     answers = ask_ours(segmenter, reference.cases[:1])
 
     assert not any(is_same(found) for found in raw_differences(reference, answers.raw))
 
 
-def test_a_file_of_tensors_loads_as_one_under_model_does(
-    reference: Reference, segmenter: Segmenter, tmp_path: Path
-) -> None:
-    tensors = torch.load(reference.folder / "sam3.pt", mmap=True, weights_only=True)["model"]
-    torch.save(tensors, tmp_path / "sam3.pt")
-    for name in ("config.json", VOCABULARY_FILE):
-        (tmp_path / name).write_bytes((reference.folder / name).read_bytes())
+def test_a_file_of_tensors_loads_as_one_under_model_does(reference: Reference, tmp_path: Path) -> None:
+    wrapped = torch.load(reference.folder / "sam3.pt", mmap=True, weights_only=True)
+    torch.save(wrapped["model"], tmp_path / "sam3.pt")
+    (tmp_path / "config.json").write_bytes((reference.folder / "config.json").read_bytes())
 
-    plain = Segmenter.from_checkpoint(tmp_path / "sam3.pt")._model.state_dict()
+    plain, expected = (
+        Checkpoint.open(folder / "sam3.pt").load_model(torch.device("cpu")).state_dict()
+        for folder in (tmp_path, reference.folder)
+    )
 
-    expected = segmenter._model.state_dict()
     assert plain.keys() == expected.keys()
     assert all(torch.equal(plain[name], tensor) for name, tensor in expected.items())
 
