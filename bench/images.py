@@ -37,6 +37,7 @@ from pycocotools import mask as pycocotools
 from sam3_runner import rle
 from sam3_runner.images import ImageLimits, open_for_model
 from sam3_runner.masks import encode_png
+from sam3_runner.types import RunLengthMask
 from sam3_runner.upsample import masks_from_logits
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,7 +126,7 @@ def logits(count: int, radii: tuple[float, float], seed: int = 0) -> torch.Tenso
     return torch.tensor(np.stack(made), dtype=torch.float32)
 
 
-def pixels_and_runs(given: torch.Tensor) -> tuple[npt.NDArray[np.bool_], tuple[rle.RunLengthMask, ...]]:
+def pixels_and_runs(given: torch.Tensor) -> tuple[npt.NDArray[np.bool_], tuple[RunLengthMask, ...]]:
     """The union for the plain way, the instances' runs for ours."""
     masks = masks_from_logits(given, PHOTO_HW)
     return rle.union(masks, PHOTO_HW), masks
