@@ -15,6 +15,7 @@ import argparse
 import csv
 import io
 import os
+import pickle
 import platform
 import subprocess
 import sys
@@ -37,6 +38,7 @@ from pycocotools import mask as pycocotools
 from sam3_runner import rle
 from sam3_runner.images import ImageLimits, open_for_model
 from sam3_runner.masks import encode_png
+from sam3_runner.types import RunLengthMask
 from sam3_runner.upsample import masks_from_logits
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,7 +127,7 @@ def logits(count: int, radii: tuple[float, float], seed: int = 0) -> torch.Tenso
     return torch.tensor(np.stack(made), dtype=torch.float32)
 
 
-def pixels_and_runs(given: torch.Tensor) -> tuple[npt.NDArray[np.bool_], tuple[rle.RunLengthMask, ...]]:
+def pixels_and_runs(given: torch.Tensor) -> tuple[npt.NDArray[np.bool_], tuple[RunLengthMask, ...]]:
     """The union for the plain way, the instances' runs for ours."""
     masks = masks_from_logits(given, PHOTO_HW)
     return rle.union(masks, PHOTO_HW), masks
@@ -228,19 +230,19 @@ def measure(case: Case, rounds: int) -> Row:
         if turn:
             plain_s.append(seconds[case.plain])
             ours_s.append(seconds[case.ours])
-    return Row(case.name, plain_s, ours_s, peak_mb(case.name, "plain"), peak_mb(case.name, "ours"))
+    return Row(case.name, plain_s, ours_s, *(peak_mb(case.name, way, given) for way in ("plain", "ours")))
 
 
-def peak_mb(name: str, way: str) -> float:
+def peak_mb(name: str, way: str, given: Any) -> float:
     """Peak memory of one call in a new process."""
     command = [sys.executable, "-m", "bench.images", "--peak", way, "--rows", name]
-    return float(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+    return float(
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, input=pickle.dumps(given)).stdout
+    )
 
 
-def own_peak_mb(case: Case, way: str) -> float:
+def own_peak_mb(case: Case, way: str, given: Any) -> float:
     """How far a call raises this process's resident memory."""
-    given = case.prepare()
-    photo.cache_clear()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew (Linux)
     before = memory_mb("VmRSS")
     (case.plain if way == "plain" else case.ours)(given)
@@ -309,11 +311,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for NAME.csv and NAME.md")
     parser.add_argument("--name", default="images", help="of the files")
-    parser.add_argument("--peak", choices=["plain", "ours"], help="only print one call's peak memory in MB")
+    parser.add_argument(
+        "--peak",
+        choices=["plain", "ours"],
+        help="print one call's peak memory in MB; what it is given comes pickled on standard input",
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if options.peak:
-        print(own_peak_mb(known[options.rows[0]], options.peak))
+        given = pickle.load(sys.stdin.buffer)  # of the process that started this one
+        print(own_peak_mb(known[options.rows[0]], options.peak, given))
         return 0
     rows = []
     for name in options.rows:

@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
     seen = conditions(rounds=1)
     options.out.mkdir(parents=True, exist_ok=True)
     with (options.out / "jpeg_decisions.csv").open("w", newline="") as file:
-        rows = [seen | {"change": name} | tally.figures() for name, tally in sorted(tallies.items())]
+        rows = [{**seen, "change": name, **tally.figures()} for name, tally in sorted(tallies.items())]
         writer = csv.DictWriter(file, [*rows[0]])
         writer.writeheader()
         writer.writerows(rows)

@@ -462,7 +462,11 @@ def _decode_jpeg(
     if pixels.shape != (height, width, 3):
         return None
     to_srgb = _to_srgb(file.info.get("icc_profile"), "RGB") if file.mode == "RGB" else None
-    return _to_array(ImageCms.applyTransform(Image.fromarray(pixels), to_srgb)) if to_srgb else pixels
+    if to_srgb is None:
+        return pixels
+    image = Image.fromarray(pixels)
+    ImageCms.applyTransform(image, to_srgb, inPlace=True)
+    return _to_array(image)
 
 
 def _jpeg_eighths(size_hw: tuple[int, int], input_size_px: int) -> int:

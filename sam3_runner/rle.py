@@ -99,10 +99,10 @@ def _intervals_by_column(rle: RunLengthMask) -> tuple[npt.NDArray[np.int64], npt
 
 def odd_ones(ascending: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Those numbers that are there an odd number of times, once each: two changes in one place are none."""
-    is_last = np.append(ascending[1:] != ascending[:-1], True) if len(ascending) else np.empty(0, bool)
-    lasts = np.flatnonzero(is_last)
+    lasts = np.flatnonzero(np.diff(ascending, append=-1))  # none is below 0
     times = np.diff(lasts, prepend=-1)
-    return ascending[lasts[times % 2 == 1]]
+    odd: npt.NDArray[np.int64] = ascending[lasts[times % 2 == 1]]
+    return odd
 
 
 def area_px(rle: RunLengthMask) -> int:

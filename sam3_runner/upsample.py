@@ -9,7 +9,7 @@ outlines, not with the image, and all masks go through the device together.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -82,11 +82,21 @@ def _cells_on_outlines(taps: Tensor) -> Tensor:
 
     Above the image and below it nothing is positive.
     """
-    inside = taps > 0
+    # On the CPU numpy compares and searches ten times as fast as torch; all between is the same for both.
+    on_host = _is_on_host(taps)
+    inside: Any = taps.numpy() > 0 if on_host else taps > 0
     inside[:, 0] = inside[:, -1] = False
     some, every = inside[:, :, 1:] | inside[:, :, :-1], inside[:, :, 1:] & inside[:, :, :-1]
     some, every = some[:, 1:] | some[:, :-1], every[:, 1:] & every[:, :-1]  # (N, h + 1, w + 1)
-    return (some & ~every).nonzero()
+    mixed = some & ~every
+    if on_host:
+        return torch.from_numpy(np.stack(np.unravel_index(np.flatnonzero(mixed), mixed.shape), axis=1))
+    cells: Tensor = mixed.nonzero()
+    return cells
+
+
+def _is_on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 def _changes(taps: Tensor, cells: Tensor, columns: _Columns, size_hw: tuple[int, int]) -> Tensor:

@@ -65,3 +65,11 @@ def test_noise_with_exact_zeros_equals_the_whole_image_too(size_hw: tuple[int, i
     for mask, whole in zip(masks_from_logits(logits, size_hw), expected, strict=True):
         differs = rle.decode_mask(mask) != (whole > 0)
         assert np.abs(whole[differs]).max(initial=0) < 1e-5
+
+
+def test_a_device_of_its_own_finds_the_same_outlines_as_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = smooth_logits(9, 5, (40, 30), 0.0)
+    on_host = masks_from_logits(logits, (333, 250))
+    monkeypatch.setattr(upsample, "_is_on_host", lambda tensor: False)
+    for one, mask in zip(masks_from_logits(logits, (333, 250)), on_host, strict=True):
+        np.testing.assert_array_equal(one.counts, mask.counts)
