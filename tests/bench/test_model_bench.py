@@ -136,6 +136,7 @@ def test_a_short_run_writes_every_kind_of_row_and_what_it_left_out(
     assert "- meta: no folder with Meta's package" in told
 
 
+@pytest.mark.slow
 def test_it_needs_nothing_of_the_service_and_names_what_it_had_no_time_for(tmp_path: Path) -> None:
     code = textwrap.dedent("""
         import sys
