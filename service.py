@@ -72,6 +72,8 @@ class Sam3Runner:
     """The model, in a process of its own, behind BentoML's adaptive batching."""
 
     def __init__(self) -> None:
+        # What is compiled for a GPU lies where it survives a restart; torch reads this when it is imported.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.data_dir.absolute() / "compiled"))
         import torch  # only this process pays for it
 
         from sam3_runner.segmenter import Segmenter

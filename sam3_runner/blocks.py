@@ -283,8 +283,12 @@ class ImageBackbone(nn.Module):
         # (I, S, S, 3) -> (I, cy, y, py, cx, x, px, 3) -> (I, cy, cx, y, x, 3, py, px) -> (I, T, 3·p·p)
         parts = pixels.unflatten(2, (cuts, self.window, patch)).unflatten(1, (cuts, self.window, patch))
         patches = parts.permute(0, 1, 4, 2, 5, 7, 3, 6).flatten(5).flatten(1, 4)
-        normalised = (patches.float() / 127.5 - 1).to(self.dtype)
-        return F.linear(normalised, self.embed) + self.positions
+        return F.linear(normalise(patches).to(self.dtype), self.embed) + self.positions
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """Bytes to float32 in [-1, 1]: mean and standard deviation 0.5, as SAM3's image processor has them."""
+    return pixels.float() / 127.5 - 1
 
 
 class ImageLayer(nn.Module):
@@ -731,8 +735,7 @@ class QueryDecoder(nn.Module):
             boxes = (torch.logit(boxes, eps=BOX_EPS) + self.box_head(queries)).sigmoid()
         presence = self.presence_head(self.presence_norm(x[:, :1])).squeeze(-1)  # (B, 1)
         presence = presence.clamp(-self.max_presence, self.max_presence)
-        scores = self.scoring(queries, tokens, is_token).sigmoid() * presence.sigmoid()
-        return scores, boxes, queries
+        return joint_scores(self.scoring(queries, tokens, is_token), presence), boxes, queries
 
     def _encode_boxes(self, boxes: Tensor) -> Tensor:
         """(B, N, 4) -> (B, N, 2·C) sines and cosines of y, x, width, height."""
@@ -755,6 +758,11 @@ class QueryDecoder(nn.Module):
         """(B, N, 2) edges of boxes along an axis -> (B, N, grid, 2), distances of ticks from each, log scale."""
         offsets = (self.ticks[:, None] - edges[:, :, None]) * RPB_SCALE
         return offsets.sign() * (offsets.abs() + 1).log2() / math.log2(RPB_SCALE)
+
+
+def joint_scores(logits: Tensor, presence_logits: Tensor) -> Tensor:
+    """(B, N) class logits and (B, 1) presence logits to scores: the product of both probabilities."""
+    return logits.sigmoid() * presence_logits.sigmoid()
 
 
 class QueryLayer(nn.Module):

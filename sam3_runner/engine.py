@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -31,6 +33,8 @@ from sam3_runner.graphs import CudaGraphs
 # image fills an H200 from one image on; more than 8 images or pairs gain little and cost memory.
 STATIC_SIZES = (1, 2, 4, 8)
 MAX_ROWS = STATIC_SIZES[-1]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,12 @@ class Engine(nn.Module):
 
     def accelerate(self) -> None:
         """On a GPU: compile the layers, and record each stage at its static sizes when they are first used."""
-        self.compile_layers()
+        if shutil.which("cc") or shutil.which("gcc"):
+            self.compile_layers()
+        else:
+            logger.warning(
+                "no C compiler, which Triton needs: layers run uncompiled, several ms slower an image"
+            )
         pool = torch.cuda.graph_pool_handle()
         self._encode_images = CudaGraphs(self._run_encode_images, STATIC_SIZES, pool)
         self._encode_texts = CudaGraphs(self._run_encode_texts, STATIC_SIZES, pool)

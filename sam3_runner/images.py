@@ -8,6 +8,7 @@ pixel limit. So nothing here changes global state, and any number of threads may
 
 from __future__ import annotations
 
+import hashlib
 import io
 import struct
 import zlib
@@ -106,10 +107,12 @@ class ModelImage:
     Attributes:
         pixels: (S, S, 3) uint8 RGB, upright.
         size_hw: Height and width of the upright original.
+        content_hash: SHA-256 of the file. Equal ones mean equal pixels, at one input size.
     """
 
     pixels: npt.NDArray[np.uint8]
     size_hw: tuple[int, int]
+    content_hash: bytes
 
 
 def probe_image(data: bytes, limits: ImageLimits | None = None) -> ImageHeader:
@@ -177,7 +180,8 @@ def open_for_model(data: bytes, input_size_px: int, limits: ImageLimits | None =
     pixels = resize_for_model(stored, input_size_px)
     if orientation in _TURNS:
         pixels = _turned(pixels, orientation)
-    return ModelImage(pixels, size_hw[::-1] if orientation in _SIDEWAYS else size_hw)
+    size_hw = size_hw[::-1] if orientation in _SIDEWAYS else size_hw
+    return ModelImage(pixels, size_hw, hashlib.sha256(data).digest())
 
 
 def resize_for_model(image_rgb: npt.NDArray[np.uint8], input_size_px: int) -> npt.NDArray[np.uint8]:

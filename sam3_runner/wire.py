@@ -47,6 +47,7 @@ def encode_items(items: Sequence[SegmentItem]) -> list[Chunk]:
             "prompts": [{"text": prompt.text} for prompt in item.prompts],
             "score_threshold": item.score_threshold,
             "shape": item.pixels.shape,
+            "key": None if item.key is None else item.key.hex(),
         }
         for item in items
     ]
@@ -140,6 +141,7 @@ def _item(entry: dict[str, Any], arrays: _Arrays) -> SegmentItem:
         size_hw=(height, width),
         prompts=tuple(TextPrompt(prompt["text"]) for prompt in entry["prompts"]),
         score_threshold=entry["score_threshold"],
+        key=None if entry["key"] is None else bytes.fromhex(entry["key"]),
     )
 
 

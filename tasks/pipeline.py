@@ -274,7 +274,9 @@ class Pipeline:
 
     async def _segment(self, work: _Work, image: ModelImage) -> SegmentResult:
         prompts = tuple(TextPrompt(text) for text in work.job.prompts)
-        item = SegmentItem(image.pixels, image.size_hw, prompts, work.job.score_threshold)
+        item = SegmentItem(
+            image.pixels, image.size_hw, prompts, work.job.score_threshold, key=image.content_hash
+        )
         began = time.perf_counter()
         result = await self._runner.segment(item)
         call_ms = (time.perf_counter() - began) * 1000

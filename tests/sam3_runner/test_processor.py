@@ -10,11 +10,12 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 from transformers import Sam3ImageProcessor
 
-from sam3_runner.forward import LayerOutputs
+from sam3_runner.blocks import joint_scores, normalise
+from sam3_runner.engine import Answers
 from sam3_runner.images import resize_for_model
 from sam3_runner.rle import decode_mask
-from sam3_runner.segmenter import Segmenter, _keep
-from sam3_runner.types import SegmentItem, TextPrompt
+from sam3_runner.segmenter import _keep
+from sam3_runner.types import Segmentation, SegmentItem, TextPrompt
 from sam3_runner.upsample import masks_from_logits
 
 SIZE_PX = 240  # the demo's; what is held does not depend on it
@@ -30,7 +31,7 @@ def made(size_hw: tuple[int, int], *, is_grey: bool = False) -> np.ndarray:
 @pytest.mark.parametrize("is_grey", [False, True], ids=["coloured", "grey"])
 @pytest.mark.parametrize("size_hw", SHAPES_HW)
 def test_pixels_are_resized_as_bytes_with_antialiasing_and_then_normalised(
-    demo: Segmenter, size_hw: tuple[int, int], is_grey: bool
+    size_hw: tuple[int, int], is_grey: bool
 ) -> None:
     image = made(size_hw, is_grey=is_grey)
     as_bytes = v2.Resize(size=(SIZE_PX, SIZE_PX))(v2.functional.to_image(Image.fromarray(image)))
@@ -39,10 +40,10 @@ def test_pixels_are_resized_as_bytes_with_antialiasing_and_then_normalised(
     )
 
     resized = resize_for_model(image, SIZE_PX)
-    values = demo._pixel_values([SegmentItem(resized, size_hw, (TextPrompt("red"),))])
+    values = normalise(torch.from_numpy(resized)).permute(2, 0, 1)
 
     assert np.array_equal(resized, as_bytes.permute(1, 2, 0).numpy())
-    torch.testing.assert_close(values[0], as_floats, rtol=0, atol=ONE_ULP)
+    torch.testing.assert_close(values, as_floats, rtol=0, atol=ONE_ULP)
 
 
 def test_transformers_prepares_the_same_pixels() -> None:
@@ -53,39 +54,36 @@ def test_transformers_prepares_the_same_pixels() -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=ONE_ULP)
 
 
-def outputs_of(logits: list[float], presence: float, boxes_cxcywh: list[float]) -> LayerOutputs:
-    """One pair, one layer; every query has the same box and a mask that is positive all over."""
+def kept_of(logits: list[float], presence: float, box: list[float], threshold: float = 0.5) -> Segmentation:
+    """What is kept of queries that all have the same box and a mask that is positive all over."""
     count = len(logits)
-    return LayerOutputs(
-        logits=torch.tensor(logits).view(1, 1, count),
-        boxes_cxcywh=torch.tensor(boxes_cxcywh).expand(1, 1, count, 4),
-        presence_logits=torch.tensor(presence).view(1, 1),
-        mask_embeddings=torch.ones(1, 1, count, 2),
-        pixel_embeddings=torch.ones(1, 2, 6, 6),
-        semantic_logits=None,
-        drawn=None,
+    answers = Answers(
+        scores=joint_scores(torch.tensor([logits]), torch.tensor([[presence]])),
+        boxes_cxcywh=torch.tensor(box).expand(1, count, 4),
+        mask_embeddings=torch.ones(1, count, 2),
+        mask_shifts=torch.zeros(1, count),
+        pixels=torch.ones(1, 6, 6, 2),
     )
+    decided = torch.cat([answers.scores[..., None], answers.boxes_cxcywh], dim=-1).numpy()
+    pixels = np.zeros((SIZE_PX, SIZE_PX, 3), np.uint8)
+    return _keep(answers, decided[0], 0, SegmentItem(pixels, (10, 20), (TextPrompt("red"),), threshold))
 
 
-def item(threshold: float = 0.5) -> SegmentItem:
-    return SegmentItem(np.zeros((SIZE_PX, SIZE_PX, 3), np.uint8), (10, 20), (TextPrompt("red"),), threshold)
+SMALL_BOX = [0.5, 0.5, 0.2, 0.2]
 
 
 def test_the_score_is_the_product_and_must_be_above_the_threshold() -> None:
     certain = 40.0  # sigmoid(40) is 1 in float32, and sigmoid(0) exactly one half
     just_above = 1e-6
-    outputs = outputs_of([0.0, just_above, -just_above, 3.0], certain, [0.5, 0.5, 0.2, 0.2])
-
-    kept = _keep(outputs, 0, item())
-
+    kept = kept_of([0.0, just_above, -just_above, 3.0], certain, SMALL_BOX)
     assert kept.scores.tolist() == torch.tensor([3.0, just_above]).sigmoid().tolist()
-    doubtful = outputs_of([1.0], 1.0, [0.5, 0.5, 0.2, 0.2])  # 0.73 · 0.73, and 0.73 alone would pass 0.6
-    assert len(_keep(doubtful, 0, item()).scores) == 1
-    assert len(_keep(doubtful, 0, item(0.6)).scores) == 0
+    # 0.73 · 0.73, and 0.73 alone would pass 0.6
+    assert len(kept_of([1.0], 1.0, SMALL_BOX).scores) == 1
+    assert len(kept_of([1.0], 1.0, SMALL_BOX, threshold=0.6).scores) == 0
 
 
 def test_boxes_are_metas_clipped_to_the_image() -> None:
-    kept = _keep(outputs_of([5.0], 5.0, [0.25, 0.5, 0.7, 0.4]), 0, item())
+    kept = kept_of([5.0], 5.0, [0.25, 0.5, 0.7, 0.4])
     np.testing.assert_allclose(kept.boxes_xyxy_px, [[0, 3, 12, 7]], atol=1e-5)
 
 

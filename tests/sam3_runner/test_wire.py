@@ -19,11 +19,14 @@ from sam3_runner.types import (
 from sam3_runner.wire import MAGIC, WireError, decode_items, decode_results, encode_items, encode_results
 
 RANDOM = np.random.default_rng(7)
+KEY = bytes(range(32))
 
 
 def an_item(side: int = 3, *texts: str) -> SegmentItem:
     pixels = RANDOM.integers(0, 256, (side, side, 3), np.uint8)
-    return SegmentItem(pixels, (480, 640), tuple(TextPrompt(text) for text in texts or ("red circle",)), 0.25)
+    return SegmentItem(
+        pixels, (480, 640), tuple(TextPrompt(text) for text in texts or ("red circle",)), 0.25, KEY
+    )
 
 
 def a_segmentation(instances: int) -> Segmentation:
@@ -57,10 +60,11 @@ def test_items_come_out_as_they_went_in(shapes: list[tuple[int, list[str]]]) -> 
     assert len(arrived) == len(items)
     for sent, got in zip(items, arrived, strict=True):
         np.testing.assert_array_equal(sent.pixels, got.pixels)
-        assert (sent.size_hw, sent.prompts, sent.score_threshold) == (
+        assert (sent.size_hw, sent.prompts, sent.score_threshold, sent.key) == (
             got.size_hw,
             got.prompts,
             got.score_threshold,
+            got.key,
         )
 
 
