@@ -5,8 +5,8 @@
 
 Systems, in turn, twice: the service on an S3 server and on Postgres behind a stand-in for PostgREST, all of them on
 this machine; the service on its embedded defaults, asked about images that are new to it and about one that is not;
-and the same checkpoint called as a Python object, on images that are decoded already. The stand-in and the clients take their share of the same cores. The exit status is 1 if the
-service made an error.
+and the same checkpoint called as a Python object, on images that are decoded already. The stand-in and the clients
+take their share of the same cores. The exit status is 1 if the service made an error.
 """
 
 from __future__ import annotations
