@@ -17,7 +17,7 @@ mkdir -p "$out"
 nvidia-smi | tee "$out/gpu.txt"
 
 if [ "$what" != model ]; then
-    timeout 150 python3 -m bench.exactness --device cuda 2>&1 | tee "$out/exactness.md"
+    PYTHONPATH=.bench/meta timeout 150 python3 -m bench.exactness --device cuda 2>&1 | tee "$out/exactness.md"
 fi
 if [ "$what" != exactness ]; then
     meta=()

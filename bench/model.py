@@ -326,13 +326,15 @@ def _guarded(
     bench: Bench, cell: Cell, trials: list[Trial], trial: Trial, do: Callable[[Trial], None]
 ) -> None:
     """Drop a system from a cell that it fails in; the others go on."""
+    failure = ""
     try:
         with torch.inference_mode():
             do(trial)
     except Exception as error:  # out of memory, or another project's code: whatever it raises
+        failure = f"{type(error).__name__}: {error}"
+    if failure:  # by now nobody holds the tensors of what failed
         trials.remove(trial)
-        bench.leave_out(f"{trial.name} in {cell}", f"{type(error).__name__}: {error}")
-        del error
+        bench.leave_out(f"{trial.name} in {cell}", failure)
         release(bench)
 
 

@@ -31,6 +31,7 @@ COLORS = {
     "floor": "#222222",
     "s3 and rows": "#d1495b",
     "embedded": "#edae49",
+    "embedded, known image": "#00798c",
     "model alone": "#222222",
 }
 WIDTH_HEIGHT_IN = (9.0, 3.6)

@@ -1,10 +1,11 @@
-"""A folder with Meta's own SAM3 and its light dependencies, for `bench/model.py --meta`.
+"""A folder with Meta's own SAM3 and its light dependencies, for `bench/model.py --meta` and `bench/gpu.sh`.
 
     python -m bench.prepare_meta FOLDER                          # for this Python
     python -m bench.prepare_meta FOLDER --python-version 3.12    # to be carried to a machine with another
 
-About 15 MB. PyTorch, torchvision, transformers' dependencies and NumPy are not in it: it is meant to lie behind an
-environment that has them. Meta's package pins older libraries, so nothing is asked of its own requirements.
+About 45 MB. PyTorch, torchvision, transformers' dependencies and NumPy are not in it: it is meant to lie behind an
+environment that has them. What `bench.exactness` wants of our own requirements beyond those is in it too. Meta's
+package pins older libraries, so nobody asks what it requires.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ PACKAGES = (
     "wcwidth==0.2.14",
     "einops==0.8.1",
     "pycocotools==2.0.11",
+    "simplejpeg==1.9.0",
+    "pillow-heif==1.8.1",
 )
 # Meta's wheel lacks the vocabulary that its tokenizer reads; OpenCLIP's wheel has the same file.
 VOCABULARY_WHEEL = "open_clip_torch==3.3.0"

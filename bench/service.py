@@ -4,9 +4,9 @@
     SAM3_WEIGHTS_PATH=… python -m bench.service   # on SAM3 itself, on a GPU host
 
 Systems, in turn, twice: the service on an S3 server and on Postgres behind a stand-in for PostgREST, all of them on
-this machine; the service on its embedded defaults; and the same checkpoint called as a Python object, on images that
-are decoded already. The stand-in and the clients take their share of the same cores. The exit status is 1 if the
-service made an error.
+this machine; the service on its embedded defaults, asked about images that are new to it and about one that is not;
+and the same checkpoint called as a Python object, on images that are decoded already. The stand-in and the clients
+take their share of the same cores. The exit status is 1 if the service made an error.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ USER = "00000000-0000-4000-8000-000000000001"
 PROMPT = "red circle"
 IMAGES = 200  # each a little different, and more than the service remembers
 MAX_BATCH = 16
-SYSTEMS = ("s3 and rows", "embedded", "model alone")
+SERVICES = ("s3 and rows", "embedded")
+KNOWN, ALONE = "embedded, known image", "model alone"
+SYSTEMS = (*SERVICES, KNOWN, ALONE)
 WARM_UP = (4, 24)  # clients, requests
 
 
@@ -110,16 +112,13 @@ class Row:
 
 
 def jpegs() -> list[bytes]:
-    """`IMAGES` photos of one scene: each brighter here or there, so that none is like another."""
+    """`IMAGES` photos of one scene, each moved a little to the right of the one before."""
     with Image.open(ROOT / "examples" / "shapes.jpg") as file:
         scene = np.asarray(file.convert("RGB"))
     made = []
     for number in range(IMAGES):
-        image = scene.copy()
-        top = 4 * (number % 50)
-        image[top : top + 4, : 8 + number // 50] ^= 1 + number % 7
         buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, "JPEG", quality=90)
+        Image.fromarray(np.roll(scene, number, axis=1)).save(buffer, "JPEG", quality=90)
         made.append(buffer.getvalue())
     return made
 
@@ -263,19 +262,20 @@ def measure_service(name: str, options: argparse.Namespace, rows: dict[tuple[str
             await_ready(port, process, log)
             press(place, port, *WARM_UP)
             for concurrency in options.concurrency:
-                row = rows.setdefault((name, concurrency), Row(name, concurrency))
-                cpu_s = cpu_seconds(process)
-                with GpuWatch() as watch:
-                    load = press(place, port, concurrency, options.each)
-                row.add(load, options.each, cpu_seconds(process) - cpu_s, watch.share)
-                say(row)
+                for shown, images in {name: IMAGES, **({KNOWN: 1} if name == "embedded" else {})}.items():
+                    row = rows.setdefault((shown, concurrency), Row(shown, concurrency))
+                    cpu_s = cpu_seconds(process)
+                    with GpuWatch() as watch:
+                        load = press(place, port, concurrency, options.each, images)
+                    row.add(load, options.each, cpu_seconds(process) - cpu_s, watch.share)
+                    say(row)
 
 
-def press(place: Place, port: int, concurrency: int, requests: int) -> Load:
-    """So many requests, each about a task of its own and the next image."""
+def press(place: Place, port: int, concurrency: int, requests: int, images: int = IMAGES) -> Load:
+    """So many requests, each about a task of its own and the next of so many images."""
     first = uuid.uuid4().int & ~0xFFFFFFFF  # room for the numbers of the requests
     place.insert_tasks(first, requests)
-    return drive(port, PATH, concurrency, requests, place.body, place.headers, str(IMAGES), str(first))
+    return drive(port, PATH, concurrency, requests, place.body, place.headers, str(images), str(first))
 
 
 def measure_model(options: argparse.Namespace, rows: dict[tuple[str, int], Row]) -> None:
@@ -286,7 +286,7 @@ def measure_model(options: argparse.Namespace, rows: dict[tuple[str, int], Row])
     segmenter.warm_up()
     items = [item_of(jpeg, segmenter.info.input_size_px) for jpeg in jpegs()]
     for concurrency in options.concurrency:
-        row = rows.setdefault((SYSTEMS[2], concurrency), Row(SYSTEMS[2], concurrency))
+        row = rows.setdefault((ALONE, concurrency), Row(ALONE, concurrency))
         batch = min(concurrency, MAX_BATCH)
         segmenter.segment_batch(items[:batch])
         load, cpu_s, began = Load(), time.process_time(), time.perf_counter()
@@ -318,7 +318,7 @@ def say(row: Row) -> None:
 def figures(rows: Mapping[tuple[str, int], Row]) -> list[dict[str, Value]]:
     """All rows, each beside the model alone at its level."""
     return [
-        row.figures(rows.get((SYSTEMS[2], level)) if name != SYSTEMS[2] else None)
+        row.figures(rows.get((ALONE, level)) if name in SERVICES else None)
         for (name, level), row in sorted(rows.items(), key=lambda one: (one[0][1], SYSTEMS.index(one[0][0])))
     ]
 
@@ -326,7 +326,7 @@ def figures(rows: Mapping[tuple[str, int], Row]) -> list[dict[str, Value]]:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.service", description=__doc__.splitlines()[0])
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--systems", nargs="+", choices=(*SERVICES, ALONE), default=[*SERVICES, ALONE])
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 8, 32, 64])
     parser.add_argument("--requests", type=int, default=400, help="at each level, all rounds together")
     parser.add_argument("--rounds", type=int, default=2)

@@ -36,6 +36,7 @@ def counted() -> dict[str, int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["image", "text", "answer"])
 def test_the_engine_computes_no_less_and_hardly_more(
     full: Floor, counted: dict[str, int], stage: str

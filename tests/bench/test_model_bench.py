@@ -136,6 +136,7 @@ def test_a_short_run_writes_every_kind_of_row_and_what_it_left_out(
     assert "- meta: no folder with Meta's package" in told
 
 
+@pytest.mark.slow
 def test_it_needs_nothing_of_the_service_and_names_what_it_had_no_time_for(tmp_path: Path) -> None:
     code = textwrap.dedent("""
         import sys
@@ -166,3 +167,24 @@ def test_it_needs_nothing_of_the_service_and_names_what_it_had_no_time_for(tmp_p
 def test_every_system_is_named_and_some_queries_are_kept() -> None:
     assert set(parse([]).systems) == set(MAKERS)
     assert config_of("full").detr_decoder_config.num_queries >= KEPT
+
+
+def test_a_system_that_fails_in_a_cell_is_named_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(Before):
+        def call(self, work: Workload, turn: int) -> object:
+            if work.images == 2:
+                raise torch.OutOfMemoryError("no room")
+            return super().call(work, turn)
+
+    monkeypatch.setattr("bench.model.ROUND_S", 0.02)
+    monkeypatch.setitem(MAKERS, "before", Failing)
+    chosen = ["--systems", "before", "hf", "--batches", "2", "--prompts", "1", "--minutes", "3"]
+    assert main(["--device", "cpu", "--size", "small", *chosen, "--out", str(tmp_path), "--name", "x"]) == 0
+    with (tmp_path / "x.csv").open() as file:
+        calls = [(row["system"], row["batch"]) for row in csv.DictReader(file) if row["kind"] == "call"]
+    assert calls == [("before", "1"), ("hf", "1"), ("hf", "2")]
+    assert (
+        "- before in 2 x 1 whole (before, hf): OutOfMemoryError: no room" in (tmp_path / "x.md").read_text()
+    )
