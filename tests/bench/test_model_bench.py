@@ -108,7 +108,7 @@ def test_ratios_are_taken_within_a_cell() -> None:
     assert ratios(rows) == [
         "- hf takes 4.00 x the time of ours, batch 1, prompts 1",
         "- hf-compiled takes 1.50 x the time of ours, batch 1, prompts 1",
-        "- ours: 16 prompts on one image take 2.50 x one prompt",
+        "- ours: 16 prompts on one image take 5.00 x one prompt",
     ]
 
 
