@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import Sam3Config, Sam3Model
 
 from sam3_runner.checkpoint import DEMO_CHECKPOINT, Checkpoint
-from sam3_runner.engine import MAX_ROWS, Engine
+from sam3_runner.engine import MAX_ROWS, EncodedImages, Engine
+from sam3_runner.forward import TextFeatures
 from sam3_runner.text import PromptChecker
 from sam3_runner.training.evaluate import Question
 
@@ -111,6 +112,33 @@ def compare_features(config: Sam3Config, dtype: torch.dtype, device: torch.devic
     }
 
 
+def compare_served(model: Sam3Model, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """The largest differences that compiling, recording and padding make, in features (of their largest) and scores.
+
+    Batch sizes follow each other up and down, images and prompts one by one and one for all, and every stage runs
+    between two runs of the others: what a recording overwrites of another would show.
+    """
+    plain, served = (Engine(model, device, dtype) for _ in range(2))
+    served.accelerate()
+    side = plain.backbone.grid * plain.backbone.patch_px
+    worst = {"features": 0.0, "scores": 0.0, "boxes": 0.0}
+    for pairs in (1, 3, MAX_ROWS, 2, 1):
+        for images in {1, pairs}:
+            pixels = torch.randint(256, (images, side, side, 3), dtype=torch.uint8, device=device)
+            input_ids = torch.randint(1, 300, (pairs, 32), device=device)
+            mask = torch.arange(32, device=device)[None] < torch.randint(3, 32, (pairs, 1), device=device)
+            encoded = [EncodedImages.join(e.encode_images(pixels).split()) for e in (plain, served)]
+            texts = [TextFeatures.join(e.encode_texts(input_ids, mask).split()) for e in (plain, served)]
+            one, other = plain.answer(encoded[0], texts[0]), served.answer(encoded[1], texts[1])
+            for exact, near in zip(encoded[0].tensors, encoded[1].tensors, strict=True):
+                difference = (exact - near).abs().max() / exact.abs().max()
+                worst["features"] = max(worst["features"], difference.item())
+            worst["scores"] = max(worst["scores"], (one.scores - other.scores).abs().max().item())
+            boxes = (one.boxes_cxcywh - other.boxes_cxcywh).abs().max()
+            worst["boxes"] = max(worst["boxes"], boxes.item())
+    return worst
+
+
 def full_config(layers: int | None) -> Sam3Config:
     """SAM3 at full size, or with its first `layers` layers of the image encoder alone."""
     config = Sam3Config()
@@ -144,6 +172,13 @@ def main() -> None:
                 f"| {name} | {found.pairs} | {found.equal / found.pairs:.1%} | {found.undecided} | "
                 f"{max(found.score_errors):.4f} | {np.mean(found.ious):.4f} | {min(found.ious):.4f} | {found.passes} |"
             )
+        if options.device.type == "cuda":
+            print(
+                "\n| as served, against the same uncompiled | features | scores | boxes |\n|---|---|---|---|"
+            )
+            for name in options.dtypes:
+                worst = compare_served(model, options.device, DTYPES[name])
+                print(f"| {name} | " + " | ".join(f"{value:.2e}" for value in worst.values()) + " |")
         if options.no_features:
             return
         print("\n| mode | pixels | geometry | fine | middle | alike |\n|---|---|---|---|---|---|")

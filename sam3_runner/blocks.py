@@ -739,7 +739,9 @@ class QueryDecoder(nn.Module):
 
     def _encode_boxes(self, boxes: Tensor) -> Tensor:
         """(B, N, 4) -> (B, N, 2·C) sines and cosines of y, x, width, height."""
-        angles = boxes[..., [1, 0, 2, 3], None] * self.sine_scale / self.sine_periods  # (B, N, 4, C/2)
+        x, y, width, height = boxes.unbind(-1)
+        places = torch.stack([y, x, width, height], dim=-1)
+        angles = places[..., None] * self.sine_scale / self.sine_periods  # (B, N, 4, C/2)
         return torch.stack([angles[..., 0::2].sin(), angles[..., 1::2].cos()], dim=-1).flatten(2)
 
     def _bias(self, boxes: Tensor) -> Tensor:
@@ -752,7 +754,8 @@ class QueryDecoder(nn.Module):
         bias = (
             along_y.to(self.dtype)[:, :, :, None] + along_x.to(self.dtype)[:, :, None]
         )  # (B, N, y, x, heads)
-        return F.pad(bias.flatten(2, 3).permute(0, 3, 1, 2), (0, 0, 1, 0))
+        # Fused attention reads a bias only if its last axis is dense.
+        return F.pad(bias.flatten(2, 3).permute(0, 3, 1, 2), (0, 0, 1, 0)).contiguous()
 
     def _offsets(self, edges: Tensor) -> Tensor:
         """(B, N, 2) edges of boxes along an axis -> (B, N, grid, 2), distances of ticks from each, log scale."""

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Sam3Model
 
@@ -33,6 +33,9 @@ from sam3_runner.graphs import CudaGraphs
 # image fills an H200 from one image on; more than 8 images or pairs gain little and cost memory.
 STATIC_SIZES = (1, 2, 4, 8)
 MAX_ROWS = STATIC_SIZES[-1]
+# On a CPU a large model gains nothing from batches: as many images as fit into this, at least one.
+CPU_PASS_BYTES = 64 << 20
+RECOMPILE_LIMIT = 32  # two kinds of ViT layers at four batch sizes, and the same in another dtype
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +110,9 @@ class Answers:
 class Engine(nn.Module):
     """A SAM3 prepared for inference. Holds no state of a request.
 
+    Attributes:
+        max_rows: Images, prompts or pairs that one call takes.
+
     Args:
         model: On any device, in float32; not changed, and not needed afterwards.
         device: Where to compute.
@@ -132,6 +138,11 @@ class Engine(nn.Module):
             self.mask_embedder = MaskEmbedder(weights, model.mask_decoder)
             self.pixel_decoder = PixelDecoder(weights, model.mask_decoder)
         self.requires_grad_(False).eval()
+        self._device = device
+        image_bytes = position.numel() * (1 + 4 + 16) * weights.dtype.itemsize
+        self.max_rows = (
+            MAX_ROWS if device.type == "cuda" else min(MAX_ROWS, max(1, CPU_PASS_BYTES // image_bytes))
+        )
         self._encode_images: Callable[..., tuple[Tensor, ...]] = self._run_encode_images
         self._encode_texts: Callable[..., tuple[Tensor, ...]] = self._run_encode_texts
         self._answer: Callable[..., tuple[Tensor, ...]] = self._run_answer
@@ -143,14 +154,14 @@ class Engine(nn.Module):
         return table[0].flatten(1).T
 
     def encode_images(self, pixels: Tensor) -> EncodedImages:
-        """Encode I images, (I, S, S, 3) uint8 on the device, at most `MAX_ROWS`.
+        """Encode I images, (I, S, S, 3) uint8 on the device, at most `max_rows`.
 
         The result may be overwritten by the next call; `split` copies it.
         """
         return EncodedImages(*self._encode_images(pixels))
 
     def encode_texts(self, input_ids: Tensor, attention_mask: Tensor) -> TextFeatures:
-        """Encode B prompts, at most `MAX_ROWS`: (B, T) tokens, and 1 where a token is real.
+        """Encode B prompts, at most `max_rows`: (B, T) tokens, and 1 where a token is real.
 
         The result may be overwritten by the next call.
         """
@@ -158,7 +169,7 @@ class Engine(nn.Module):
         return TextFeatures(tokens, attention_mask.bool())
 
     def answer(self, images: EncodedImages, texts: TextFeatures) -> Answers:
-        """Answer B pairs, at most `MAX_ROWS`.
+        """Answer B pairs, at most `max_rows`.
 
         Args:
             images: B images, pair b being row b of images and texts; or one, for all.
@@ -170,20 +181,32 @@ class Engine(nn.Module):
 
     def accelerate(self) -> None:
         """On a GPU: compile the layers, and record each stage at its static sizes when they are first used."""
-        if shutil.which("cc") or shutil.which("gcc"):
-            self.compile_layers()
-        else:
+        torch.cuda.set_device(self._device)  # streams and recordings are of the current one
+        try:
+            torch.compile(F.gelu)(torch.ones(8, device=self._device))
+        except (
+            Exception
+        ) as error:  # no C compiler, no Python headers, no Triton: whatever keeps it from compiling
             logger.warning(
-                "no C compiler, which Triton needs: layers run uncompiled, several ms slower an image"
+                "nothing can be compiled (%s): layers run as they are, several ms slower an image", error
             )
+        else:
+            self.compile_layers()
         pool = torch.cuda.graph_pool_handle()
         self._encode_images = CudaGraphs(self._run_encode_images, STATIC_SIZES, pool)
         self._encode_texts = CudaGraphs(self._run_encode_texts, STATIC_SIZES, pool)
         self._answer = CudaGraphs(self._run_answer, STATIC_SIZES, pool)
 
     def compile_layers(self) -> None:
-        """Compile what repeats, not the whole: all layers of a kind share one compilation, made when first run."""
-        for part in (*self.backbone.layers, *self.text.layers, *self.looks_at_image, *self.looks_at_prompt):
+        """Compile what repeats, not the whole: all layers of a kind share one compilation, made when first run.
+
+        The ViT's, where nearly all time goes, are compiled for each batch size; of the others, one for every size
+        above 1.
+        """
+        torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
+        for part in self.backbone.layers:
+            part.compile(fullgraph=True, dynamic=False)
+        for part in (*self.text.layers, *self.looks_at_image, *self.looks_at_prompt):
             part.compile(fullgraph=True)
         for part in (self.neck, *self.geometry.layers, *self.queries.layers, self.pixel_decoder):
             part.compile(fullgraph=True)

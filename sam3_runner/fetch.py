@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -105,7 +106,7 @@ def _required(name: str, url: str, found: HfFileMetadata) -> tuple[str, int, str
     """Checksum, size and commit, without which a download cannot be checked."""
     checksum = found.etag or ""
     if (
-        len(checksum) not in (SHA256_DIGITS, GIT_SHA1_DIGITS)
+        not re.fullmatch(f"[0-9a-f]{{{GIT_SHA1_DIGITS}}}|[0-9a-f]{{{SHA256_DIGITS}}}", checksum)
         or found.size is None
         or found.commit_hash is None
     ):

@@ -32,7 +32,7 @@ class CudaGraphs:
     """A function of tensors that share their first axis, replayed at static sizes of it.
 
     Inputs of fewer rows are padded with whatever lies in the buffer: rows do not know of each other. What comes back
-    lies in the recording's own memory: use or copy it before the next call.
+    is overwritten by the next call.
 
     Args:
         function: Takes and returns tensors, on one CUDA device, without waiting for it.
@@ -45,7 +45,7 @@ class CudaGraphs:
         self._sizes = tuple(sizes)
         self._pool = pool
         self._recordings: dict[tuple[torch.Size, ...], Recording] = {}
-        self._buffers: dict[tuple[int, torch.Size], Tensor] = {}
+        self._buffers: dict[tuple[int | str, torch.dtype, torch.Size], Tensor] = {}
 
     def __call__(self, *inputs: Tensor) -> Tensors:
         """The function's results, of as many rows as the inputs have; a row for one of all is an input of one row."""
@@ -60,26 +60,32 @@ class CudaGraphs:
         key = tuple(static.shape for static in statics)
         recording = self._recordings.get(key)
         if recording is None:
-            recording = self._recordings[key] = self._record(statics)
+            recording = self._recordings[key] = self._record(statics, size)
         recording.graph.replay()
         return tuple(output[:rows] for output in recording.outputs)
 
-    def _buffer(self, place: int, tensor: Tensor, rows: int) -> Tensor:
+    def _buffer(self, place: int | str, tensor: Tensor, rows: int) -> Tensor:
         """The first rows of a buffer that all sizes share."""
-        key = place, tensor.shape[1:]
+        key = place, tensor.dtype, tensor.shape[1:]
         if key not in self._buffers:
             shape = (self._sizes[-1], *tensor.shape[1:])
             self._buffers[key] = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
         return self._buffers[key][:rows]
 
-    def _record(self, inputs: Tensors) -> Recording:
+    def _outputs(self, results: Tensors, size: int) -> Tensors:
+        """Where results of this form are left, outside the pool: other recordings may write there on every replay."""
+        return tuple(self._buffer(f"output {place}", result, size) for place, result in enumerate(results))
+
+    def _record(self, inputs: Tensors, size: int) -> Recording:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_RUNS):
-                self._function(*inputs)
+                results = self._function(*inputs)
+        outputs = self._outputs(results, size)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            outputs = self._function(*inputs)
+            for output, result in zip(outputs, self._function(*inputs), strict=True):
+                output.copy_(result)
         return Recording(graph, inputs, outputs)

@@ -34,7 +34,7 @@ from sam3_runner.upsample import masks_from_logits
 
 # The last images asked about, each 56 MB in bfloat16 and twice that in float32 at full size: a second question about
 # one of them skips the image encoder, which is most of the work.
-IMAGE_CACHE_BYTES = {"cuda": 2 << 30, "cpu": 256 << 20}
+IMAGE_CACHE_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
 TEXT_CACHE_BYTES = 64 << 20  # some thousand prompts
 
 logger = logging.getLogger(__name__)
@@ -115,13 +115,20 @@ class Segmenter:
     def warm_up(self) -> None:
         """Run every batch size once, so that no caller waits for lazy initialisation, compilation or recording."""
         size = self.info.input_size_px
-        prompts = [TextPrompt(f"warm up {number}") for number in range(MAX_ROWS)]
-        sizes = STATIC_SIZES if self._device.type == "cuda" else (1,)
+        prompts = tuple(TextPrompt(f"warm up {number}") for number in range(MAX_ROWS))
+        sizes = (
+            STATIC_SIZES[::-1] if self._device.type == "cuda" else (1,)
+        )  # the largest first: others fit into it
         for rows in sizes:
             pixels = [np.full((size, size, 3), rows, np.uint8) for _ in range(rows)]
-            self._segment_all([SegmentItem(image, (size, size), tuple(prompts[:1])) for image in pixels])
-            self._segment_all([SegmentItem(pixels[0], (size, size), tuple(prompts[:rows]))])
-            self._texts.clear()
+            for batch in (
+                [SegmentItem(image, (size, size), prompts[:1]) for image in pixels],
+                [SegmentItem(pixels[0], (size, size), prompts[:rows])],
+                [SegmentItem(pixels[0], (size, size), prompts[:1], score_threshold=0.0)],  # with masks
+            ):
+                self._texts.clear()
+                self._segment_all(batch)
+        self._texts.clear()
 
     def segment(
         self, image: npt.NDArray[np.uint8], prompts: Sequence[Prompt], score_threshold: float = 0.5
@@ -144,9 +151,9 @@ class Segmenter:
         self.check_prompts(prompts)
         pixels = resize_for_model(image, self.info.input_size_px)
         height, width = image.shape[:2]
-        key = hashlib.sha256(pixels.data).digest()
+        key = b"pixels" + hashlib.sha256(pixels.data).digest()
         item = SegmentItem(pixels, (height, width), tuple(prompts), score_threshold, key)
-        with _device_errors():
+        with self._device_errors():
             return self._segment_all([item])[0]
 
     def segment_batch(self, items: Sequence[SegmentItem]) -> list[SegmentResult]:
@@ -194,11 +201,10 @@ class Segmenter:
         if not items:
             return []
         try:
-            with _device_errors():
+            with self._device_errors():
                 return self._segment_all(items)
         except RunnerError as error:
             logger.warning("a batch of %d failed: %s", len(items), error)
-            self._images.clear()  # it may be what fills the device
             if len(items) == 1:
                 return [ItemError(type(error).__name__, str(error))]
         half = len(items) // 2
@@ -206,18 +212,35 @@ class Segmenter:
 
     def _segment_all(self, items: Sequence[SegmentItem]) -> list[list[Segmentation]]:
         found: list[list[Segmentation]] = [[] for _ in items]
+        rows = self._engine.max_rows
         with torch.inference_mode():
             texts = self._encode_texts([prompt for item in items for prompt in item.prompts])
-            for start in range(0, len(items), MAX_ROWS):
-                images = self._encode_images(items[start : start + MAX_ROWS])
+            for start in range(0, len(items), rows):
+                images = self._encode_images(items[start : start + rows])
                 pairs = [
                     _Pair(start + row, image, texts[prompt])
                     for row, image in enumerate(images)
                     for prompt in items[start + row].prompts
                 ]
-                for first in range(0, len(pairs), MAX_ROWS):
-                    self._answer(pairs[first : first + MAX_ROWS], items, found)
+                for first in range(0, len(pairs), rows):
+                    self._answer(pairs[first : first + rows], items, found)
         return found
+
+    @contextlib.contextmanager
+    def _device_errors(self) -> Iterator[None]:
+        """Map what torch raises to the runner's errors."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            self._images.clear()  # they may be what fills the device
+            torch.cuda.empty_cache()
+            raise DeviceOutOfMemory(
+                "the device ran out of memory; send fewer or smaller images at once"
+            ) from error
+        except RunnerError:
+            raise
+        except Exception as error:
+            raise InferenceFailed(f"the model failed: {type(error).__name__}") from error
 
     def _encode_images(self, items: Sequence[SegmentItem]) -> list[EncodedImages]:
         """One for each item; those that were asked about lately are not encoded again."""
@@ -237,8 +260,8 @@ class Segmenter:
         distinct = list(dict.fromkeys(prompts))
         encoded = {prompt: text for prompt in distinct if (text := self._texts.get(prompt)) is not None}
         new = [prompt for prompt in distinct if prompt not in encoded]
-        for start in range(0, len(new), MAX_ROWS):
-            chunk = new[start : start + MAX_ROWS]
+        for start in range(0, len(new), self._engine.max_rows):
+            chunk = new[start : start + self._engine.max_rows]
             tokens = (torch.from_numpy(part).to(self._device) for part in self._prompts.encode(chunk))
             for prompt, text in zip(chunk, self._engine.encode_texts(*tokens).split(), strict=True):
                 encoded[prompt] = text
@@ -248,7 +271,7 @@ class Segmenter:
     def _answer(
         self, pairs: Sequence[_Pair], items: Sequence[SegmentItem], found: list[list[Segmentation]]
     ) -> None:
-        """Answer pairs, at most `MAX_ROWS`, and append what is found to their items'."""
+        """Answer pairs, at most `max_rows` of the engine, and append what is found to their items'."""
         first = pairs[0].image
         is_one_image = all(pair.image is first for pair in pairs)
         images = first if is_one_image else EncodedImages.join([pair.image for pair in pairs])
@@ -279,19 +302,3 @@ def _to_xyxy_px(boxes_cxcywh: npt.NDArray[np.float32], size_hw: tuple[int, int])
     corners = np.concatenate([centre - half, centre + half], axis=1).clip(0, 1)
     height, width = size_hw
     return corners * np.array([width, height, width, height], np.float32)
-
-
-@contextlib.contextmanager
-def _device_errors() -> Iterator[None]:
-    """Map what torch raises to the runner's errors."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
-        raise DeviceOutOfMemory(
-            "the device ran out of memory; send fewer or smaller images at once"
-        ) from error
-    except RunnerError:
-        raise
-    except Exception as error:
-        raise InferenceFailed(f"the model failed: {type(error).__name__}") from error

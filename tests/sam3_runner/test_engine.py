@@ -120,9 +120,9 @@ class Again:
 class GraphsWithoutGpu(CudaGraphs):
     """All of it but the recording, which only a GPU can do."""
 
-    def _record(self, inputs: Tensors) -> Recording:
+    def _record(self, inputs: Tensors, size: int) -> Recording:
         function = functools.partial(self._function, *inputs)
-        outputs = tuple(torch.zeros_like(output) for output in function())
+        outputs = self._outputs(function(), size)
         return Recording(Again(function, outputs), inputs, outputs)
 
 
