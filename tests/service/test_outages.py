@@ -90,7 +90,7 @@ def test_the_files_routes_do_not_exist(remote: Remote) -> None:
     assert httpx.get(f"{remote.service.url}/files/{KEY}", trust_env=False).status_code == 401
 
 
-@pytest.mark.parametrize("task_id", [str(uuid.uuid4()), "not-a-uuid"])
+@pytest.mark.parametrize("task_id", [str(uuid.uuid4()), "not-a-uuid"], ids=["a uuid", "no uuid"])
 def test_a_task_without_a_row_is_told_before_anything_is_computed(
     remote: Remote, checked: Check, task_id: str
 ) -> None:
