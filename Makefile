@@ -30,7 +30,7 @@ weights: install ## Fetch the real SAM3 (3.4 GB, gated: HF_TOKEN) into weights/s
 	@$(BIN)/python -m sam3_runner fetch $(ARGS)
 
 test: install ## The tests (ARGS="-k urls" for some of them)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 test-all: install ## The slow ones too
 	@$(BIN)/python -m pytest $(ARGS)

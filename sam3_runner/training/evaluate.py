@@ -141,10 +141,13 @@ def evaluate(segmenter: Segmenter, scenes: int, seed: int = EVALUATION_SEED) -> 
 
 
 def median_latency_ms(segmenter: Segmenter, runs: int = 30) -> float:
-    """Median time from RGB pixels to run-length masks for one image and one prompt, after a warm-up."""
-    question = Question.draw(EVALUATION_SEED, 0)
+    """Median time from RGB pixels to run-length masks for one image and one prompt, after a warm-up.
+
+    Every run has a scene of its own: a second question about an image skips the image encoder.
+    """
     times = []
-    for _ in range(runs + 3):
+    for index in range(runs + 3):
+        question = Question.draw(EVALUATION_SEED, index)
         start = time.perf_counter()
         segmenter.segment(question.scene.image, [TextPrompt(question.texts[0])])
         times.append((time.perf_counter() - start) * 1000)
