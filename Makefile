@@ -30,7 +30,7 @@ weights: install ## Fetch the real SAM3 (3.4 GB, gated: HF_TOKEN) into weights/s
 	@$(BIN)/python -m sam3_runner fetch $(ARGS)
 
 test: install ## The tests (ARGS="-k urls" for some of them)
-	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-all: install ## The slow ones too
 	@$(BIN)/python -m pytest $(ARGS)

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 SOURCE_DIR = Path(__file__).resolve().parent / "supabase_lite_node"
@@ -31,11 +31,13 @@ class SupabaseLite:
 
     Attributes:
         url: What `SUPABASE_URL` would be.
+        dsn: Of the database behind it, as superuser.
         secret_key: Of the new kind; role service_role. It knows no legacy service keys.
         publishable_key: Of the new kind; role anon.
     """
 
     url: str
+    dsn: str
     secret_key: str
     publishable_key: str
 
@@ -50,7 +52,9 @@ def running_supabase_lite(dsn: str) -> Iterator[SupabaseLite]:
     """
     node = _node()
     installed = _installed()
-    keys = SupabaseLite("", f"sb_secret_{secrets.token_hex(16)}", f"sb_publishable_{secrets.token_hex(16)}")
+    keys = SupabaseLite(
+        "", dsn, f"sb_secret_{secrets.token_hex(16)}", f"sb_publishable_{secrets.token_hex(16)}"
+    )
     environment = {
         **_environment(),
         "DATABASE_URL": dsn,
@@ -78,7 +82,7 @@ def running_supabase_lite(dsn: str) -> Iterator[SupabaseLite]:
                     f"@supabase/lite did not start: {errors.read().decode(errors='replace')[-2000:]}"
                 )
             port = json.loads(line)["port"]
-            yield SupabaseLite(f"http://127.0.0.1:{port}", keys.secret_key, keys.publishable_key)
+            yield replace(keys, url=f"http://127.0.0.1:{port}")
         finally:
             process.kill()  # it would take 5 s over its goodbye to Postgres
             process.wait()

@@ -39,9 +39,10 @@ def stand_in(stand_in_server: PostgrestStandIn) -> PostgrestStandIn:
 
 
 @pytest.fixture(scope="session")
-def supabase_lite(dsn: str) -> Iterator[SupabaseLite]:
+def supabase_lite(postgres: Postgres) -> Iterator[SupabaseLite]:
     try:
-        with running_supabase_lite(dsn) as server:
+        # A database of its own: it hands out grants of its own when it starts.
+        with postgres.new_database() as database, running_supabase_lite(database) as server:
             yield server
     except NodeIsMissing as error:
         if os.environ.get("CI") == "true":

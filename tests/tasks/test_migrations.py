@@ -129,14 +129,16 @@ def test_over_http_too_the_owner_reads_and_nobody_but_the_service_writes(
     owner, stranger = insert_user(dsn), insert_user(dsn)
     task_id = insert_task(dsn, user_id=owner)
 
-    client = httpx.Client(trust_env=False)
-
     def call(method: str, key: str, bearer: str | None = None) -> httpx.Response:
         headers = {"apikey": key, "Prefer": "return=representation"}
         headers |= {"Authorization": f"Bearer {bearer}"} if bearer else {}
         url = f"{stand_in.url}/rest/v1/segmentation_results?id=eq.{task_id}&select=id,status"
-        return client.request(
-            method, url, headers=headers, json={"status": "done"} if method == "PATCH" else None
+        return httpx.request(
+            method,
+            url,
+            headers=headers,
+            json={"status": "done"} if method == "PATCH" else None,
+            trust_env=False,
         )
 
     anon = stand_in.publishable_key
@@ -154,7 +156,6 @@ def test_over_http_too_the_owner_reads_and_nobody_but_the_service_writes(
     assert call("PATCH", anon, stand_in.user_jwt(owner)).status_code == 403
     assert call("GET", stand_in.secret_key).json() == row
     assert call("PATCH", stand_in.secret_key).json() == [{"id": task_id, "status": "done"}]
-    client.close()
 
 
 def test_it_can_be_applied_again_and_keeps_what_is_there(postgres: Postgres) -> None:

@@ -57,15 +57,10 @@ async def backend(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
         store = LocalTasks(tmp_path / "tasks.sqlite3")
         backend = Backend(store, lambda: str(uuid.uuid4()), makes_rows=True)
     else:
-        dsn: str = request.getfixturevalue("dsn")
-        if request.param == "supabase_lite":
-            lite = request.getfixturevalue("supabase_lite")
-            store = SupabaseTasks(lite.url, lite.secret_key)
-        else:
-            stand_in = request.getfixturevalue("stand_in")
-            is_legacy = request.param == "stand_in_legacy_key"
-            store = SupabaseTasks(stand_in.url, stand_in.service_jwt if is_legacy else stand_in.secret_key)
-        backend = Backend(store, lambda: insert_task(dsn), makes_rows=False)
+        is_lite, is_legacy = request.param == "supabase_lite", request.param == "stand_in_legacy_key"
+        server = request.getfixturevalue("supabase_lite" if is_lite else "stand_in")
+        store = SupabaseTasks(server.url, server.service_jwt if is_legacy else server.secret_key)
+        backend = Backend(store, lambda: insert_task(server.dsn), makes_rows=False)
     yield backend
     await store.aclose()
 
