@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,24 +14,29 @@ from tempfile import NamedTemporaryFile
 
 from api.access import KeyCheck
 from api.config import ConfigurationError, Settings
-from api.errors import code_of
+from api.errors import ModelNotReady, code_of
 from api.lifecycle import shared_file
 from api.limits import InFlight
-from api.metrics import RequestMetrics
+from api.metrics import RequestMetrics, TaskMetrics
 from api.readiness import RunnerWatch, WatchedRunner
-from api.runner_link import ITEMS_PER_REQUEST, RunnerClient
+from api.runner_link import ITEMS_PER_REQUEST, RunnerClient, RunnerLost, RunnerTimedOut
 from sam3_runner.errors import CheckpointError
 from sam3_runner.images import ImageLimits
 from sam3_runner.text import PromptChecker
 from storage import ImageUrls, ObjectStore
-from storage.errors import StorageError
+from storage.errors import StorageError, StorageTimeout, StorageUnavailable
 from storage.keys import PARTIAL_PREFIX
 from storage.local import LocalStore
-from tasks.errors import TaskError
+from tasks.errors import TaskError, TaskStoreTimeout, TaskStoreUnavailable, WorkerStops
+from tasks.executor import RetryRules, TaskExecutor
+from tasks.journal import Journal
 from tasks.local import LocalTasks
 from tasks.pipeline import Pipeline
 from tasks.store import TaskStore
 from tasks.supabase import SupabaseTasks
+
+# Docker waits 10 s before it kills, unless told otherwise (docs/deploy.md does); the journal has what is not done.
+SHUTDOWN_GRACE_S = 25.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +55,8 @@ class Backend:
         tasks: Rows.
         client: Of the runner's process.
         watch: Whether the runner is ready.
-        pipeline: Does the jobs.
+        journal: Of the tasks that this process accepted or took over.
+        executor: Carries them through.
     """
 
     settings: Settings
@@ -63,11 +70,42 @@ class Backend:
     tasks: TaskStore
     client: RunnerClient
     watch: RunnerWatch
-    pipeline: Pipeline
+    journal: Journal
+    executor: TaskExecutor
+
+    def start(self) -> None:
+        """Begin to ask for the runner, and to look for tasks that nobody carries. Needs a running event loop."""
+        self.watch.start()
+        self.executor.start()
+
+    def require_running(self) -> None:
+        """Turn a request away once this process is about to stop.
+
+        Raises:
+            WorkerStops: it is.
+        """
+        if self.executor.is_draining:
+            raise WorkerStops("this process stops")
+
+    async def require_room(self) -> None:
+        """Turn a request away, before its body is read, that would not be accepted.
+
+        Raises:
+            WorkerStops: this process is about to stop.
+            BacklogFull: too many tasks are under way already.
+            JournalUnavailable: none can be accepted.
+        """
+        self.require_running()
+        await self.executor.require_room()
+
+    async def drain(self) -> None:
+        """Turn new requests away, and let what runs end."""
+        await self.executor.drain(SHUTDOWN_GRACE_S)
 
     async def aclose(self) -> None:
-        """Let work under way end, then free threads and connections."""
-        await self.pipeline.aclose()
+        """Leave to the journal what still runs, then free threads and connections."""
+        await self.executor.aclose()
+        await self.journal.aclose()
         await self.watch.aclose()
         await self.client.aclose()
         await self.tasks.aclose()
@@ -97,14 +135,18 @@ def make_backend(settings: Settings, runner_url: str, own_url: str) -> Backend:
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="codec")
     store, tasks = make_store(settings, base_url), make_tasks(settings)
     pipeline = Pipeline(
-        store,
-        tasks,
-        WatchedRunner(client, watch),
-        make_urls(settings, base_url),
-        limits,
+        store, tasks, WatchedRunner(client, watch), make_urls(settings, base_url), limits, codec_pool=pool
+    )
+    journal = make_journal(settings)
+    executor = TaskExecutor(
+        journal,
+        pipeline,
+        retry_rules(watch),
         code_of=code_of,
-        codec_pool=pool,
-        timeout_s=settings.request_timeout_s,
+        observer=TaskMetrics(),
+        deadline_s=settings.task_deadline_s,
+        max_unfinished=settings.max_backlog,
+        max_running=math.ceil(2 * settings.max_batch_size / settings.api_workers),
     )
     return Backend(
         settings=settings,
@@ -118,8 +160,28 @@ def make_backend(settings: Settings, runner_url: str, own_url: str) -> Backend:
         tasks=tasks,
         client=client,
         watch=watch,
-        pipeline=pipeline,
+        journal=journal,
+        executor=executor,
     )
+
+
+def retry_rules(watch: RunnerWatch) -> RetryRules:
+    """What passes by itself, and when to look again."""
+
+    async def pause(error: BaseException, seconds: float) -> None:
+        if isinstance(error, ModelNotReady | RunnerLost):
+            await watch.pause(seconds)
+        else:
+            await asyncio.sleep(seconds)
+
+    suspicious = (RunnerLost, RunnerTimedOut)
+    passing = (StorageUnavailable, StorageTimeout, TaskStoreUnavailable, TaskStoreTimeout, ModelNotReady)
+    return RetryRules(passing=(*passing, *suspicious), suspicious=suspicious, pause=pause)
+
+
+def make_journal(settings: Settings) -> Journal:
+    """The journal of accepted tasks, shared by all processes of this host."""
+    return Journal(_journal_dir(settings))
 
 
 def make_store(settings: Settings, base_url: str) -> ObjectStore:
@@ -220,6 +282,10 @@ def _data_dir_error(settings: Settings, advice: str) -> ConfigurationError:
 
 def _files_dir(settings: Settings) -> Path:
     return settings.data_dir / "files"
+
+
+def _journal_dir(settings: Settings) -> Path:
+    return settings.data_dir / "journal"
 
 
 def _tasks_file(settings: Settings) -> Path:

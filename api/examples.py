@@ -91,6 +91,14 @@ RESPONSES: dict[str, dict[str, Any]] = {
         "total_inference_time_ms": 55.0,
         "mask_url": f"{_LOCAL}/masks/{_BATCH_TASK}.png",
     },
+    "task": {
+        "task_id": _TASK,
+        "status": "processing",
+        "stage": "segment",
+        "attempts": 1,
+        "accepted_at": "2026-01-31T12:00:00.000000+00:00",
+        "updated_at": "2026-01-31T12:00:00.100000+00:00",
+    },
     "model_info": {
         "model_name": "SAM3",
         "model_version": "demo",
@@ -105,6 +113,8 @@ RESPONSES: dict[str, dict[str, Any]] = {
     },
     "put_file": {"url": f"{_LOCAL}/uploads/desk.jpg", "key": "uploads/desk.jpg"},
 }
+
+ACCEPTED: dict[str, Any] = {"task_id": _TASK, "status": "processing"}
 
 ERROR: dict[str, Any] = {
     "success": False,
