@@ -179,6 +179,13 @@ FAULTS: dict[type[BaseException], Fault] = {
     task_errors.TaskConflict: Fault(409, "TASK_CONFLICT"),
     task_errors.TaskStoreUnavailable: Fault(502, "TASK_STORE_UNAVAILABLE", _TASKS_DOWN),
     task_errors.TaskStoreTimeout: Fault(504, "TASK_STORE_TIMEOUT", "The task table did not answer in time."),
+    task_errors.JournalUnavailable: Fault(
+        503,
+        "JOURNAL_UNAVAILABLE",
+        "No task can be put on record at the moment, so none is accepted. Try again later.",
+        retry_after_s=5,
+    ),
+    task_errors.BacklogFull: Fault(429, "OVERLOADED", retry_after_s=5),
 }
 
 

@@ -1,11 +1,13 @@
-"""Errors of the task rows. They know nothing of HTTP.
+"""Errors of the task rows and of the journal. They know nothing of HTTP.
 
 TaskError
 ├── InvalidTaskId           cannot be part of an object key
 ├── TaskNotFound            no such row
 ├── TaskConflict            the id is in use with other inputs
 ├── TaskStoreUnavailable    the store failed after retries, refused us, or answered what we cannot read
-└── TaskStoreTimeout        the store did not answer in time, retries included
+├── TaskStoreTimeout        the store did not answer in time, retries included
+├── JournalUnavailable      the journal cannot be written or read: disk full, damaged, locked
+└── BacklogFull             too many accepted tasks wait already
 """
 
 
@@ -31,3 +33,11 @@ class TaskStoreUnavailable(TaskError):
 
 class TaskStoreTimeout(TaskError):
     """The store of the rows did not answer in time, retries included."""
+
+
+class JournalUnavailable(TaskError):
+    """The journal cannot be written or read: its disk is full, it is damaged, or another process keeps it locked."""
+
+
+class BacklogFull(TaskError):
+    """Too many tasks are accepted and not finished; this one was not accepted."""
