@@ -195,8 +195,8 @@ class S3Backend:
 
     @bentoml.on_startup
     async def open(self) -> None:
-        """Begin to ask for the runner."""
-        self.backend.watch.start()
+        """Begin to ask for the runner, and to look after storage and rows."""
+        self.backend.start()
 
     @bentoml.on_shutdown
     async def close(self) -> None:

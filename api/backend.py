@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import Any
 
 from api.access import KeyCheck
 from api.config import ConfigurationError, Settings
@@ -26,6 +27,7 @@ from storage import ImageUrls, ObjectStore
 from storage.errors import StorageError
 from storage.keys import PARTIAL_PREFIX
 from storage.local import LocalStore
+from tasks.breaker import CircuitBreaker, GuardedStore, GuardedTasks
 from tasks.errors import TaskError
 from tasks.local import LocalTasks
 from tasks.pipeline import Pipeline
@@ -45,8 +47,8 @@ class Backend:
         limits: Of image files.
         codec_pool: Threads for what takes the CPU.
         prompts: Checked before anything is claimed.
-        store: Images and masks.
-        tasks: Rows.
+        store: Images and masks, behind a circuit breaker.
+        tasks: Rows, behind another.
         client: Of the runner's process.
         watch: Whether the runner is ready.
         pipeline: Does the jobs.
@@ -59,11 +61,29 @@ class Backend:
     limits: ImageLimits
     codec_pool: ThreadPoolExecutor
     prompts: PromptChecker
-    store: ObjectStore
-    tasks: TaskStore
+    store: GuardedStore
+    tasks: GuardedTasks
     client: RunnerClient
     watch: RunnerWatch
     pipeline: Pipeline
+
+    def start(self) -> None:
+        """Begin to look after what this needs. Needs a running event loop."""
+        self.watch.start()
+        self.store.watch()
+        self.tasks.watch()
+
+    async def tasks_waiting(self) -> dict[str, int]:
+        """How many accepted tasks of this host are not finished, by state."""
+        return {}
+
+    async def dependencies(self) -> dict[str, Any]:
+        """What `/health` says about what this needs; asks none of them."""
+        return {
+            "storage": _health_of(self.store.breaker),
+            "tasks": _health_of(self.tasks.breaker),
+            "journal": {"status": "ok", "waiting": sum((await self.tasks_waiting()).values())},
+        }
 
     async def aclose(self) -> None:
         """Let work under way end, then free threads and connections."""
@@ -95,7 +115,9 @@ def make_backend(settings: Settings, runner_url: str, own_url: str) -> Backend:
     watch = RunnerWatch(client.info)
     limits = ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels)
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="codec")
-    store, tasks = make_store(settings, base_url), make_tasks(settings)
+    metrics = RequestMetrics()
+    store = GuardedStore(make_store(settings, base_url), on_change=metrics.tasks.storage_is_up)
+    tasks = GuardedTasks(make_tasks(settings), on_change=metrics.tasks.rows_are_up)
     pipeline = Pipeline(
         store,
         tasks,
@@ -109,7 +131,7 @@ def make_backend(settings: Settings, runner_url: str, own_url: str) -> Backend:
     return Backend(
         settings=settings,
         key_check=KeyCheck(_value(settings, "api_secret_key")),
-        metrics=RequestMetrics(),
+        metrics=metrics,
         in_flight=InFlight(settings.max_in_flight, shared_file("in-flight")),
         limits=limits,
         codec_pool=pool,
@@ -120,6 +142,13 @@ def make_backend(settings: Settings, runner_url: str, own_url: str) -> Backend:
         watch=watch,
         pipeline=pipeline,
     )
+
+
+def _health_of(breaker: CircuitBreaker) -> dict[str, str | None]:
+    since, failure = breaker.since, breaker.last_failure
+    if since is None or failure is None:
+        return {"status": "ok", "since": None, "reason": None}
+    return {"status": "down", "since": since.isoformat(), "reason": code_of(failure())[0]}
 
 
 def make_store(settings: Settings, base_url: str) -> ObjectStore:
