@@ -196,7 +196,7 @@ class S3Backend:
 
     @bentoml.on_startup
     async def open(self) -> None:
-        """Begin to ask for the runner and to carry tasks; end gently when told to."""
+        """Begin to look after storage, rows and runner and to carry tasks; end gently when told to."""
         self.backend.start()
         drain_before_stop(self.backend.drain)
 

@@ -96,7 +96,14 @@ def _json(body: Any) -> Response:
 
 async def _health(request: Request, backend: Backend, record: RequestRecord) -> Response:
     model = backend.watch.model
-    return _json({"status": "ok", "model_loaded": model is not None, "gpu_available": _has_gpu(model)})
+    return _json(
+        {
+            "status": "ok",
+            "model_loaded": model is not None,
+            "gpu_available": _has_gpu(model),
+            "dependencies": await backend.dependencies(),
+        }
+    )
 
 
 def _has_gpu(model: ModelInfo | None) -> bool:
@@ -104,7 +111,7 @@ def _has_gpu(model: ModelInfo | None) -> bool:
 
 
 async def _metrics(request: Request, backend: Backend, record: RequestRecord) -> Response:
-    text = await asyncio.to_thread(backend.metrics.exposition)
+    text = await asyncio.to_thread(backend.metrics.exposition, await backend.tasks_waiting())
     return Response(text, headers={"content-type": metrics.CONTENT_TYPE})
 
 

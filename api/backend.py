@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import Any
 
 from api.access import KeyCheck
 from api.config import ConfigurationError, Settings
 from api.errors import ModelNotReady, code_of
 from api.lifecycle import shared_file
 from api.limits import InFlight
-from api.metrics import RequestMetrics, TaskMetrics
+from api.metrics import RequestMetrics
 from api.readiness import RunnerWatch, WatchedRunner
 from api.runner_link import ITEMS_PER_REQUEST, RunnerClient, RunnerLost, RunnerTimedOut
 from sam3_runner.errors import CheckpointError
@@ -27,7 +28,8 @@ from storage import ImageUrls, ObjectStore
 from storage.errors import StorageError, StorageTimeout, StorageUnavailable
 from storage.keys import PARTIAL_PREFIX
 from storage.local import LocalStore
-from tasks.errors import TaskError, TaskStoreTimeout, TaskStoreUnavailable, WorkerStops
+from tasks.breaker import CircuitBreaker, GuardedStore, GuardedTasks
+from tasks.errors import JournalUnavailable, TaskError, TaskStoreTimeout, TaskStoreUnavailable, WorkerStops
 from tasks.executor import RetryRules, TaskExecutor
 from tasks.journal import Journal
 from tasks.local import LocalTasks
@@ -51,8 +53,8 @@ class Backend:
         limits: Of image files.
         codec_pool: Threads for what takes the CPU.
         prompts: Checked before anything is claimed.
-        store: Images and masks.
-        tasks: Rows.
+        store: Images and masks, behind a circuit breaker.
+        tasks: Rows, behind another.
         client: Of the runner's process.
         watch: Whether the runner is ready.
         journal: Of the tasks that this process accepted or took over.
@@ -66,17 +68,12 @@ class Backend:
     limits: ImageLimits
     codec_pool: ThreadPoolExecutor
     prompts: PromptChecker
-    store: ObjectStore
-    tasks: TaskStore
+    store: GuardedStore
+    tasks: GuardedTasks
     client: RunnerClient
     watch: RunnerWatch
     journal: Journal
     executor: TaskExecutor
-
-    def start(self) -> None:
-        """Begin to ask for the runner, and to look for tasks that nobody carries. Needs a running event loop."""
-        self.watch.start()
-        self.executor.start()
 
     def require_running(self) -> None:
         """Turn a request away once this process is about to stop.
@@ -101,6 +98,35 @@ class Backend:
     async def drain(self) -> None:
         """Turn new requests away, and let what runs end."""
         await self.executor.drain(SHUTDOWN_GRACE_S)
+
+    def start(self) -> None:
+        """Begin to look after what this needs, and for tasks that nobody carries. Needs a running event loop."""
+        self.watch.start()
+        self.store.watch()
+        self.tasks.watch()
+        self.executor.start()
+
+    async def tasks_waiting(self) -> dict[str, int]:
+        """How many accepted tasks of this host are not finished, by state.
+
+        Raises:
+            JournalUnavailable: nobody can tell.
+        """
+        return await self.journal.counts()
+
+    async def dependencies(self) -> dict[str, Any]:
+        """What `/health` says about what this needs; asks none of them."""
+        return {
+            "storage": _health_of(self.store.breaker),
+            "tasks": _health_of(self.tasks.breaker),
+            "journal": await self._journal_health(),
+        }
+
+    async def _journal_health(self) -> dict[str, Any]:
+        try:
+            return {"status": "ok", "waiting": sum((await self.tasks_waiting()).values())}
+        except JournalUnavailable:
+            return {"status": "down", "waiting": 0}
 
     async def aclose(self) -> None:
         """Leave to the journal what still runs, then free threads and connections."""
@@ -133,7 +159,9 @@ def make_backend(settings: Settings, runner_url: str, own_url: str) -> Backend:
     watch = RunnerWatch(client.info)
     limits = ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels)
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="codec")
-    store, tasks = make_store(settings, base_url), make_tasks(settings)
+    metrics = RequestMetrics()
+    store = GuardedStore(make_store(settings, base_url), on_change=metrics.tasks.storage_is_up)
+    tasks = GuardedTasks(make_tasks(settings), on_change=metrics.tasks.rows_are_up)
     pipeline = Pipeline(
         store, tasks, WatchedRunner(client, watch), make_urls(settings, base_url), limits, codec_pool=pool
     )
@@ -141,9 +169,9 @@ def make_backend(settings: Settings, runner_url: str, own_url: str) -> Backend:
     executor = TaskExecutor(
         journal,
         pipeline,
-        retry_rules(watch),
+        retry_rules(watch, store.breaker, tasks.breaker),
         code_of=code_of,
-        observer=TaskMetrics(),
+        observer=metrics.tasks,
         deadline_s=settings.task_deadline_s,
         max_unfinished=settings.max_backlog,
         max_running=math.ceil(2 * settings.max_batch_size / settings.api_workers),
@@ -151,7 +179,7 @@ def make_backend(settings: Settings, runner_url: str, own_url: str) -> Backend:
     return Backend(
         settings=settings,
         key_check=KeyCheck(_value(settings, "api_secret_key")),
-        metrics=RequestMetrics(),
+        metrics=metrics,
         in_flight=InFlight(settings.max_in_flight, shared_file("in-flight")),
         limits=limits,
         codec_pool=pool,
@@ -165,12 +193,16 @@ def make_backend(settings: Settings, runner_url: str, own_url: str) -> Backend:
     )
 
 
-def retry_rules(watch: RunnerWatch) -> RetryRules:
+def retry_rules(watch: RunnerWatch, storage: CircuitBreaker, rows: CircuitBreaker) -> RetryRules:
     """What passes by itself, and when to look again."""
 
     async def pause(error: BaseException, seconds: float) -> None:
         if isinstance(error, ModelNotReady | RunnerLost):
             await watch.pause(seconds)
+        elif isinstance(error, StorageError):
+            await storage.pause(seconds)
+        elif isinstance(error, TaskError):
+            await rows.pause(seconds)
         else:
             await asyncio.sleep(seconds)
 
@@ -182,6 +214,13 @@ def retry_rules(watch: RunnerWatch) -> RetryRules:
 def make_journal(settings: Settings) -> Journal:
     """The journal of accepted tasks, shared by all processes of this host."""
     return Journal(_journal_dir(settings))
+
+
+def _health_of(breaker: CircuitBreaker) -> dict[str, str | None]:
+    since, failure = breaker.since, breaker.last_failure
+    if since is None or failure is None:
+        return {"status": "ok", "since": None, "reason": None}
+    return {"status": "down", "since": since.isoformat(), "reason": code_of(failure())[0]}
 
 
 def make_store(settings: Settings, base_url: str) -> ObjectStore:

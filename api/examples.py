@@ -71,7 +71,20 @@ REQUESTS: dict[str, dict[str, Any]] = {
 }
 
 RESPONSES: dict[str, dict[str, Any]] = {
-    "health": {"status": "ok", "model_loaded": True, "gpu_available": False},
+    "health": {
+        "status": "ok",
+        "model_loaded": True,
+        "gpu_available": False,
+        "dependencies": {
+            "storage": {
+                "status": "down",
+                "since": "2026-01-31T12:00:00.000000+00:00",
+                "reason": "STORAGE_TIMEOUT",
+            },
+            "tasks": {"status": "ok", "since": None, "reason": None},
+            "journal": {"status": "ok", "waiting": 3},
+        },
+    },
     "predict": {
         "task_id": _TASK,
         "mask_url": f"https://images.example.com/masks/{_TASK}.png",

@@ -205,6 +205,29 @@ class ModelInfoResponse(_Response):
     max_batch_size: int
 
 
+class DependencyHealth(_Response):
+    """Whether a service that this one needs can be used."""
+
+    status: Literal["ok", "down"]
+    since: Annotated[str | None, Field(description="When it began to fail, as ISO 8601; null while ok.")]
+    reason: Annotated[str | None, Field(description="Code of its last failure; null while ok.")]
+
+
+class JournalHealth(_Response):
+    """The record of accepted tasks."""
+
+    status: Literal["ok", "down"]
+    waiting: Annotated[int, Field(ge=0, description="Accepted tasks of this host that are not finished.")]
+
+
+class Dependencies(_Response):
+    """What the service needs."""
+
+    storage: DependencyHealth
+    tasks: DependencyHealth
+    journal: JournalHealth
+
+
 class HealthResponse(_Response):
     """The process is up, and this is what it has."""
 
@@ -213,6 +236,7 @@ class HealthResponse(_Response):
     status: Literal["ok"]
     model_loaded: bool
     gpu_available: bool
+    dependencies: Dependencies
 
 
 class FileResponse(_Response):

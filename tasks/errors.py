@@ -33,7 +33,13 @@ class TaskConflict(TaskError):
 
 
 class TaskStoreUnavailable(TaskError):
-    """The store of the rows failed after retries, refused us, or answered something that we cannot read."""
+    """The store of the rows failed after retries, refused us, or answered something that we cannot read.
+
+    Attributes:
+        retry_after_s: How long the store asked to be left alone, if it did.
+    """
+
+    retry_after_s: float | None = None
 
 
 class TaskStoreTimeout(TaskError):
