@@ -188,7 +188,11 @@ FAULTS: dict[type[BaseException], Fault] = {
     ),
     task_errors.BacklogFull: Fault(429, "OVERLOADED", retry_after_s=5),
     task_errors.TaskFailed: INTERNAL,  # it carries a code of its own
-    task_errors.TaskGaveUp: Fault(500, "TASK_GAVE_UP"),
+    task_errors.TaskGaveUp: Fault(
+        500,
+        "TASK_GAVE_UP",
+        "The task was begun several times, and each time the process that worked on it ended. It may be its image.",
+    ),
     task_errors.WorkerStops: Fault(
         503, "SHUTTING_DOWN", "The service is about to stop. Try again later.", retry_after_s=5
     ),

@@ -439,9 +439,7 @@ class TaskExecutor:
     async def _begin(self, run: _Run, most: int) -> None:
         """Count one more attempt, on disk, before what may kill this process."""
         if run.entry.attempts >= most:
-            raise TaskGaveUp(
-                f"The task was begun {run.entry.attempts} times, and each time the process that worked on it ended."
-            )
+            raise TaskGaveUp(f"task {run.job.task_id} was begun {run.entry.attempts} times already")
         if not await self._journal.begin(run.entry):
             raise NotOurTask(f"task {run.job.task_id} was taken over")
         run.entry = replace(run.entry, attempts=run.entry.attempts + 1)
