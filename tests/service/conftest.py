@@ -186,8 +186,11 @@ class Remote:
 
     def wait_recovered(self) -> None:
         """Wait until the service has noticed that nothing is down any more."""
-        for name in ("storage", "tasks"):
-            wait_until(lambda name=name: self.dependency(name)["status"] == "ok", 60, f"{name} is back")
+
+        def nothing_is_down() -> bool:
+            return all(self.dependency(name)["status"] == "ok" for name in ("storage", "tasks"))
+
+        wait_until(nothing_is_down, 60, "storage and rows are back", self.service.log)
 
     def put(self, key: str, data: bytes) -> None:
         self.objects.put_object(Bucket=self.s3.bucket, Key=key, Body=data)
