@@ -29,7 +29,7 @@ from api.errors import (
     RouteNotFound,
     code_of,
 )
-from api.limits import MAX_JSON_BYTES, read_body
+from api.limits import MAX_JSON_BYTES, read_body, require_json
 from api.openapi import openapi_document
 from api.requests import RECORD, RequestRecord
 from api.routes import ROUTES, RouteSpec
@@ -157,6 +157,7 @@ async def _read_request(
     request: Request, backend: Backend, record: RequestRecord, schema: type[RequestT]
 ) -> RequestT:
     """The body as its schema says, with prompts that the text encoder reads; if it does not, the row says so."""
+    require_json(request)
     too_large = BodyTooLarge(
         f"The JSON body is larger than {MAX_JSON_BYTES} bytes: send the image by URL, not inline."
     )

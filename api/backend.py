@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from urllib.parse import urlsplit
 
 from api.access import KeyCheck
 from api.config import ConfigurationError, Settings
@@ -108,7 +109,7 @@ def make_backend(settings: Settings, runner_url: str, own_url: str) -> Backend:
     )
     return Backend(
         settings=settings,
-        key_check=KeyCheck(_value(settings, "api_secret_key")),
+        key_check=make_key_check(settings),
         metrics=RequestMetrics(),
         in_flight=InFlight(settings.max_in_flight, shared_file("in-flight")),
         limits=limits,
@@ -119,6 +120,16 @@ def make_backend(settings: Settings, runner_url: str, own_url: str) -> Backend:
         client=client,
         watch=watch,
         pipeline=pipeline,
+    )
+
+
+def make_key_check(settings: Settings) -> KeyCheck:
+    """What a guarded path must pass."""
+    public_host = None if settings.public_url is None else urlsplit(settings.public_url).hostname
+    return KeyCheck(
+        settings.api_keys,
+        own_hosts=() if public_host is None else (public_host,),
+        origins=settings.cors_origins,
     )
 
 

@@ -73,7 +73,7 @@ async def face(tmp_path: Path) -> AsyncIterator[Face]:
     app = create_app(is_local=True)
     with ThreadPoolExecutor(1) as pool:
         app.state.backend = SimpleNamespace(
-            key_check=KeyCheck(None),
+            key_check=KeyCheck(()),
             metrics=RequestMetrics(),
             in_flight=InFlight(2),
             limits=LIMITS,
