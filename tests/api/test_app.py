@@ -69,7 +69,7 @@ async def nothing_is_loaded() -> Any:
 
 @pytest.fixture
 async def face(tmp_path: Path) -> AsyncIterator[Face]:
-    store, tasks = LocalStore(tmp_path / "files", "http://test"), Flaky(tmp_path / "tasks.sqlite3")
+    store, tasks = LocalStore(tmp_path / "files", "http://localhost"), Flaky(tmp_path / "tasks.sqlite3")
     app = create_app(is_local=True)
     with ThreadPoolExecutor(1) as pool:
         app.state.backend = SimpleNamespace(
@@ -87,7 +87,7 @@ async def face(tmp_path: Path) -> AsyncIterator[Face]:
         transport = httpx.ASGITransport(app=EnvelopeMiddleware(below, app.state), client=("127.0.0.1", 1))
         async with (
             app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+            httpx.AsyncClient(transport=transport, base_url="http://localhost") as client,
         ):
             yield Face(client, store, tasks)
         await tasks.aclose()
