@@ -29,7 +29,7 @@ from api.errors import (
     PromptRefused,
     RouteNotFound,
 )
-from api.limits import MAX_JSON_BYTES, read_body
+from api.limits import MAX_JSON_BYTES, read_body, require_json
 from api.openapi import openapi_document
 from api.preferences import RESPOND_ASYNC, wants_async
 from api.requests import RECORD, RequestRecord
@@ -159,6 +159,7 @@ async def _do(request: Request, backend: Backend, record: RequestRecord, schema:
 
 async def _read_job(request: Request, backend: Backend, record: RequestRecord, schema: type[RequestT]) -> Job:
     """The body as its schema says, with prompts that the text encoder reads; if it does not, the row says so."""
+    require_json(request)
     too_large = BodyTooLarge(
         f"The body is larger than {MAX_JSON_BYTES} bytes: images are sent by URL, not in the body."
     )

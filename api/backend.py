@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
+from urllib.parse import urlsplit
 
 from api.access import KeyCheck
 from api.config import ConfigurationError, Settings
@@ -178,7 +179,7 @@ def make_backend(settings: Settings, runner_url: str, own_url: str) -> Backend:
     )
     return Backend(
         settings=settings,
-        key_check=KeyCheck(_value(settings, "api_secret_key")),
+        key_check=make_key_check(settings),
         metrics=metrics,
         in_flight=InFlight(settings.max_in_flight, shared_file("in-flight")),
         limits=limits,
@@ -221,6 +222,16 @@ def _health_of(breaker: CircuitBreaker) -> dict[str, str | None]:
     if since is None or failure is None:
         return {"status": "ok", "since": None, "reason": None}
     return {"status": "down", "since": since.isoformat(), "reason": code_of(failure())[0]}
+
+
+def make_key_check(settings: Settings) -> KeyCheck:
+    """What a guarded path must pass."""
+    public_host = None if settings.public_url is None else urlsplit(settings.public_url).hostname
+    return KeyCheck(
+        settings.api_keys,
+        own_hosts=() if public_host is None else (public_host,),
+        origins=settings.cors_origins,
+    )
 
 
 def make_store(settings: Settings, base_url: str) -> ObjectStore:

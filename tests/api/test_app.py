@@ -89,17 +89,17 @@ async def pause(error: BaseException, seconds: float) -> None:
 
 @pytest.fixture
 async def face(tmp_path: Path) -> AsyncIterator[Face]:
-    store, tasks = LocalStore(tmp_path / "files", "http://test"), Flaky(tmp_path / "tasks.sqlite3")
+    store, tasks = LocalStore(tmp_path / "files", "http://localhost"), Flaky(tmp_path / "tasks.sqlite3")
     app = create_app(is_local=True)
     watch, journal = RunnerWatch(nothing_is_loaded), Journal(tmp_path / "journal")
     with ThreadPoolExecutor(1) as pool:
-        urls = ImageUrls.for_local("http://test")
+        urls = ImageUrls.for_local("http://localhost")
         pipeline = Pipeline(store, tasks, NoRunner(), urls, LIMITS, codec_pool=pool)
         rules = RetryRules((), (), pause, first_pause_s=0.02, max_pause_s=0.1)
         metrics = RequestMetrics()
         executor = TaskExecutor(journal, pipeline, rules, code_of=code_of, observer=metrics.tasks)
         app.state.backend = SimpleNamespace(
-            key_check=KeyCheck(None),
+            key_check=KeyCheck(()),
             metrics=metrics,
             in_flight=InFlight(2),
             limits=LIMITS,
@@ -113,7 +113,7 @@ async def face(tmp_path: Path) -> AsyncIterator[Face]:
         )
         below = ExceptionMiddleware(app)  # as BentoML's: answers 404 and 405 in plain text
         transport = httpx.ASGITransport(app=EnvelopeMiddleware(below, app.state), client=("127.0.0.1", 1))
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             yield Face(client, store, tasks)
         await executor.aclose()
         await journal.aclose()

@@ -25,6 +25,7 @@ TARGETS = (
     "bench",
     "parity",
     "bento",
+    "audit",
 )
 READMES = ("README.md", "README.ko.md")
 

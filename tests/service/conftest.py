@@ -30,6 +30,7 @@ from tests.servers.s3 import S3Server, s3_server
 
 SECRETS = {"API_SECRET_KEY": "local-secret-key-0123456789"}
 REMOTE_KEY = "remote-secret-key-0123456789"
+NEXT_KEY = "the-next-remote-secret-key-0123456789"
 MAX_IMAGE_BYTES = 300_000
 MAX_IMAGE_PIXELS = 1_000_000
 # Long enough for two busy cores; some tests wait this long, so no longer.
@@ -216,7 +217,7 @@ def remote_parts(served: Serve, weights: Path, tmp_path_factory: pytest.TempPath
             "R2_PUBLIC_URL": "https://images.example.com",
             "SUPABASE_URL": supabase.url,
             "SUPABASE_SERVICE_KEY": supabase.secret_key,
-            "API_SECRET_KEY": REMOTE_KEY,
+            "API_SECRET_KEY": f"{REMOTE_KEY},{NEXT_KEY}",
             "S3_REQUEST_TIMEOUT_S": str(REMOTE_TIMEOUT_S),
         }
         remote = Remote(served(env), s3, postgres, supabase)
