@@ -195,7 +195,8 @@ class S3Backend:
 
     @bentoml.on_startup
     async def open(self) -> None:
-        """Begin to ask for the runner."""
+        """Begin to make what decodes images, and to ask for the runner."""
+        self.backend.sandbox.start()
         self.backend.watch.start()
 
     @bentoml.on_shutdown
@@ -205,7 +206,7 @@ class S3Backend:
 
     async def __is_ready__(self) -> bool:
         """What `/readyz` says."""
-        return self.backend.watch.model is not None
+        return self.backend.watch.model is not None and self.backend.sandbox.is_ready
 
 
 def _reason(error: Exception) -> str:

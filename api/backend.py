@@ -21,6 +21,7 @@ from api.readiness import RunnerWatch, WatchedRunner
 from api.runner_link import ITEMS_PER_REQUEST, RunnerClient
 from sam3_runner.errors import CheckpointError
 from sam3_runner.images import ImageLimits
+from sam3_runner.sandbox import ImageSandbox
 from sam3_runner.text import PromptChecker
 from storage import ImageUrls, ObjectStore
 from storage.errors import StorageError
@@ -44,6 +45,7 @@ class Backend:
         in_flight: How much is taken in at once.
         limits: Of image files.
         codec_pool: Threads for what takes the CPU.
+        sandbox: Processes that read what callers send as images.
         prompts: Checked before anything is claimed.
         store: Images and masks.
         tasks: Rows.
@@ -58,6 +60,7 @@ class Backend:
     in_flight: InFlight
     limits: ImageLimits
     codec_pool: ThreadPoolExecutor
+    sandbox: ImageSandbox
     prompts: PromptChecker
     store: ObjectStore
     tasks: TaskStore
@@ -66,8 +69,9 @@ class Backend:
     pipeline: Pipeline
 
     async def aclose(self) -> None:
-        """Let work under way end, then free threads and connections."""
+        """Let work under way end, then free processes, threads and connections."""
         await self.pipeline.aclose()
+        await self.sandbox.aclose()
         await self.watch.aclose()
         await self.client.aclose()
         await self.tasks.aclose()
@@ -95,12 +99,14 @@ def make_backend(settings: Settings, runner_url: str, own_url: str) -> Backend:
     watch = RunnerWatch(client.info)
     limits = ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels)
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="codec")
+    sandbox = ImageSandbox(limits, processes=decoders_per_worker(settings.api_workers))
     store, tasks = make_store(settings, base_url), make_tasks(settings)
     pipeline = Pipeline(
         store,
         tasks,
         WatchedRunner(client, watch),
         make_urls(settings, base_url),
+        sandbox,
         limits,
         code_of=code_of,
         codec_pool=pool,
@@ -113,6 +119,7 @@ def make_backend(settings: Settings, runner_url: str, own_url: str) -> Backend:
         in_flight=InFlight(settings.max_in_flight, shared_file("in-flight")),
         limits=limits,
         codec_pool=pool,
+        sandbox=sandbox,
         prompts=PromptChecker.from_checkpoint(settings.weights_path),
         store=store,
         tasks=tasks,
@@ -120,6 +127,14 @@ def make_backend(settings: Settings, runner_url: str, own_url: str) -> Backend:
         watch=watch,
         pipeline=pipeline,
     )
+
+
+def decoders_per_worker(api_workers: int) -> int:
+    """Decoding processes of one web worker: all workers' together as many as cores, within 2 to 8 each.
+
+    Two at least, so that an image that hangs its decoder does not hold up the others.
+    """
+    return max(2, min(8, len(os.sched_getaffinity(0)) // api_workers))
 
 
 def make_store(settings: Settings, base_url: str) -> ObjectStore:

@@ -22,7 +22,7 @@ import numpy as np
 
 from sam3_runner import errors as runner_errors
 from sam3_runner import rle
-from sam3_runner.images import ImageLimits, ModelImage, open_for_model
+from sam3_runner.images import ImageLimits, ModelImage
 from sam3_runner.masks import encode_png
 from sam3_runner.types import (
     ItemError,
@@ -145,6 +145,14 @@ class Runner(Protocol):
         ...
 
 
+class ImageDecoder(Protocol):
+    """Where image files are decoded (see `sam3_runner.sandbox.ImageSandbox`)."""
+
+    async def open_for_model(self, data: bytes, input_size_px: int) -> ModelImage:
+        """The file as the model takes it. Raises `ImageError`."""
+        ...
+
+
 class ImageKeys(Protocol):
     """Which image URLs are ours (see `storage.ImageUrls`)."""
 
@@ -161,9 +169,10 @@ class Pipeline:
         tasks: Rows.
         runner: The model.
         urls: Tells keys from image URLs.
+        decoder: Opens image files.
         limits: Of image files.
         code_of: Code and message, as callers see them, of any exception.
-        codec_pool: Threads that decode images and encode masks. Not shut down here.
+        codec_pool: Threads that encode masks. Not shut down here.
         timeout_s: For a whole job, without the writing of the error row; None for none.
         fail_deadline_s: For writing the error row, before the error is raised.
         fail_patience_s: For writing it in the background, if the store of the rows is what failed.
@@ -176,6 +185,7 @@ class Pipeline:
         tasks: TaskStore,
         runner: Runner,
         urls: ImageKeys,
+        decoder: ImageDecoder,
         limits: ImageLimits,
         *,
         code_of: Callable[[BaseException], tuple[str, str]],
@@ -189,6 +199,7 @@ class Pipeline:
         self._tasks = tasks
         self._runner = runner
         self._urls = urls
+        self._decoder = decoder
         self._limits = limits
         self._code_of = code_of
         self._codec_pool = codec_pool
@@ -260,7 +271,7 @@ class Pipeline:
     async def _load(self, work: _Work) -> tuple[ModelImage, ModelInfo]:
         data, model = await _together(self._download(work), self._model_info())
         with work.clock.timed("decode"):
-            image = await self._in_pool(open_for_model, data, model.input_size_px, self._limits)
+            image = await self._decoder.open_for_model(data, model.input_size_px)
         return image, model
 
     async def _download(self, work: _Work) -> bytes:

@@ -27,6 +27,7 @@ from sam3_runner import rle
 from sam3_runner.checkpoint import DEMO_CHECKPOINT
 from sam3_runner.images import ImageLimits
 from sam3_runner.masks import encode_png
+from sam3_runner.sandbox import ImageSandbox
 from sam3_runner.text import PromptChecker
 from storage.local import LocalStore
 from tasks.errors import TaskStoreUnavailable
@@ -70,7 +71,7 @@ async def nothing_is_loaded() -> Any:
 @pytest.fixture
 async def face(tmp_path: Path) -> AsyncIterator[Face]:
     store, tasks = LocalStore(tmp_path / "files", "http://test"), Flaky(tmp_path / "tasks.sqlite3")
-    app = create_app(is_local=True)
+    app, sandbox = create_app(is_local=True), ImageSandbox(LIMITS, processes=1)
     with ThreadPoolExecutor(1) as pool:
         app.state.backend = SimpleNamespace(
             key_check=KeyCheck(None),
@@ -78,6 +79,7 @@ async def face(tmp_path: Path) -> AsyncIterator[Face]:
             in_flight=InFlight(2),
             limits=LIMITS,
             codec_pool=pool,
+            sandbox=sandbox,
             prompts=PromptChecker.from_checkpoint(DEMO_CHECKPOINT),
             store=store,
             tasks=tasks,
@@ -90,6 +92,7 @@ async def face(tmp_path: Path) -> AsyncIterator[Face]:
             httpx.AsyncClient(transport=transport, base_url="http://test") as client,
         ):
             yield Face(client, store, tasks)
+        await sandbox.aclose()
         await tasks.aclose()
         await store.aclose()
 

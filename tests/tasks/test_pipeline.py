@@ -25,7 +25,7 @@ from sam3_runner.errors import (
     UndecodableImage,
     UnsupportedImage,
 )
-from sam3_runner.images import ImageLimits
+from sam3_runner.images import ImageLimits, ModelImage, open_for_model
 from sam3_runner.types import ItemError, SegmentItem, SegmentResult, TextPrompt
 from storage import ForeignUrl, ImageUrls, ObjectNotFound, ObjectStore, ObjectTooLarge, StorageError
 from storage.local import LocalStore
@@ -86,6 +86,16 @@ def code_of(error: BaseException) -> tuple[str, str]:
     return type(error).__name__, f"told: {error}"
 
 
+@dataclass(frozen=True)
+class ThreadDecoder:
+    """Decodes in a thread: what a pipeline does with an image is the same wherever it was decoded."""
+
+    limits: ImageLimits
+
+    async def open_for_model(self, data: bytes, input_size_px: int) -> ModelImage:
+        return await asyncio.to_thread(open_for_model, data, input_size_px, self.limits)
+
+
 @dataclass
 class World:
     """A pipeline, the parts it was made of, and how rows and images get into them."""
@@ -116,6 +126,7 @@ class World:
             "urls": ImageUrls.for_r2(
                 endpoint="http://127.0.0.1:9", bucket="s3-images", public_url=PUBLIC_URL
             ),
+            "decoder": ThreadDecoder(ImageLimits()),
             "limits": ImageLimits(),
             "code_of": code_of,
             "codec_pool": self.pool,
@@ -495,7 +506,9 @@ async def test_an_image_that_cannot_be_used_fails(
 ) -> None:
     await any_world.store.put("uploads/bad.png", data, "image/png")
     job = any_world.job(image_url="uploads/bad.png")
-    await assert_fails(any_world, expected, job, any_world.with_parts(limits=limits))
+    await assert_fails(
+        any_world, expected, job, any_world.with_parts(limits=limits, decoder=ThreadDecoder(limits))
+    )
 
 
 @pytest.mark.parametrize(
