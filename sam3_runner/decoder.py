@@ -55,8 +55,12 @@ READY: Final = b"ready"
 
 PROBE: Final = b"P"
 DECODE: Final = b"D"
-REQUEST: Final = struct.Struct("<cQI")  # what to do; bytes of the file; side of the model's input
-REPLY: Final = struct.Struct("<BBII")  # an `Outcome`; index of the format; height and width
+REQUEST: Final = struct.Struct(
+    "<IcQI"
+)  # its number; what to do; bytes of the file; side of the model's input
+REPLY: Final = struct.Struct(
+    "<IBBII"
+)  # the request's number; an `Outcome`; index of the format; height and width
 MAX_TEXT_BYTES: Final = 4096
 
 
@@ -70,6 +74,8 @@ class Outcome(IntEnum):
     OUT_OF_MEMORY = 4
     BUG = 5
 
+
+Answer = tuple[Outcome, int, int, int]  # a reply but for its number
 
 IMAGE_ERRORS: Final[dict[Outcome, type[ImageError]]] = {
     Outcome.UNSUPPORTED: UnsupportedImage,
@@ -224,27 +230,28 @@ class Child:
         self._channel.send(READY)
         while request := self._channel.recv(REQUEST.size):
             self._grant_cpu_seconds()
-            outcome, reply = self._answer(*REQUEST.unpack(request))
-            self._channel.send(reply)
-            if outcome != Outcome.DONE:
+            number, what, size, input_size_px = REQUEST.unpack(request)
+            answer, text = self._answer(what, size, input_size_px)
+            self._channel.send(REPLY.pack(number, *answer) + text.encode(errors="replace")[-MAX_TEXT_BYTES:])
+            if text:
                 gc.collect()  # tracebacks are cycles, and hold what was half decoded
 
-    def _answer(self, what: bytes, size: int, input_size_px: int) -> tuple[Outcome, bytes]:
+    def _answer(self, what: bytes, size: int, input_size_px: int) -> tuple[Answer, str]:
         try:
             data = self._take_file(size)
             if what == PROBE:
                 header = probe_image(data, self._limits)
-                return _done(header.size_hw, READABLE_FORMATS.index(header.format))
+                return (Outcome.DONE, READABLE_FORMATS.index(header.format), *header.size_hw), ""
             pixels, size_hw = decode_for_model(data, input_size_px, self._limits)
             np.frombuffer(self._memory, np.uint8, pixels.size)[:] = pixels.ravel()
-            return _done(size_hw)
+            return (Outcome.DONE, 0, *size_hw), ""
         except ImageError as error:
-            outcome = next(kind for kind, cls in IMAGE_ERRORS.items() if isinstance(error, cls))
-            return _failed(outcome, str(error))
+            outcome = next(outcome for outcome, cls in IMAGE_ERRORS.items() if isinstance(error, cls))
+            return (outcome, 0, 0, 0), str(error)
         except MemoryError:
-            return _failed(Outcome.OUT_OF_MEMORY)
+            return (Outcome.OUT_OF_MEMORY, 0, 0, 0), "out of memory"
         except Exception:  # the edge of this process
-            return _failed(Outcome.BUG, traceback.format_exc())
+            return (Outcome.BUG, 0, 0, 0), traceback.format_exc()
 
     def _take_file(self, size: int) -> bytes:
         data = os.pread(self._memory_fd, size, FILE_AT)
@@ -256,14 +263,6 @@ class Child:
         used = resource.getrusage(resource.RUSAGE_SELF)
         soft = math.ceil(used.ru_utime + used.ru_stime) + self._cpu_s
         resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
-
-
-def _done(size_hw: tuple[int, int], kind: int = 0) -> tuple[Outcome, bytes]:
-    return Outcome.DONE, REPLY.pack(Outcome.DONE, kind, *size_hw)
-
-
-def _failed(outcome: Outcome, text: str = "") -> tuple[Outcome, bytes]:
-    return outcome, REPLY.pack(outcome, 0, 0, 0) + text.encode(errors="replace")[-MAX_TEXT_BYTES:]
 
 
 # --- confinement --------------------------------------------------------------------------------------------

@@ -146,9 +146,10 @@ class ImageSandbox:
         self._idle.put_nowait(None)
         for keeper in self._keepers:
             keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
         if self._template is not None:
             await self._template.aclose()
-        await asyncio.gather(*self._keepers, *self._running, return_exceptions=True)
+        await asyncio.gather(*self._running, return_exceptions=True)
 
     # --- requests
 
@@ -178,7 +179,7 @@ class ImageSandbox:
         is_fit = False
         try:
             message = await child.ask(what, data, input_size_px, self._timeout_s)
-            outcome, answer, text = _read_reply(message, self._limits)
+            outcome, answer, text = _read_reply(message, child.served, self._limits)
             if outcome == Outcome.DONE and what == decoder.DECODE:
                 answer.pixels = child.read_pixels(input_size_px)
             is_fit = (
@@ -235,7 +236,7 @@ class ImageSandbox:
                 continue
             self._has_children = True
             self._idle.put_nowait(child)
-            exit_code = await child.ended
+            exit_code = await asyncio.shield(child.ended)  # not to cancel it
             if not child.was_killed:
                 logger.warning("an image decoder ended: %s", _how(exit_code))
 
@@ -250,6 +251,7 @@ class ImageSandbox:
             async with asyncio.timeout(_START_DEADLINE_S):
                 if await child.receive() != decoder.READY:
                     raise _ChildEnded(None)
+            self._template.is_up = True
         except BaseException:
             child.kill()
             raise
@@ -288,16 +290,15 @@ class _Answer:
     pixels: npt.NDArray[np.uint8] | None = None
 
 
-def _read_reply(message: bytes, limits: ImageLimits) -> tuple[Outcome, _Answer, str]:
+def _read_reply(message: bytes, request: int, limits: ImageLimits) -> tuple[Outcome, _Answer, str]:
     """What a child says, believed only as far as it can be true."""
     try:
-        number, kind, height, width = decoder.REPLY.unpack_from(message)
-        outcome = Outcome(number)
+        number, code, kind, height, width = decoder.REPLY.unpack_from(message)
+        outcome = Outcome(code)
     except (struct.error, ValueError) as error:
         raise _ChildEnded(None) from error
-    if outcome == Outcome.DONE and not (
-        kind < len(READABLE_FORMATS) and height and width and height * width <= limits.max_pixels
-    ):
+    fits = kind < len(READABLE_FORMATS) and height and width and height * width <= limits.max_pixels
+    if number != request or (outcome == Outcome.DONE and not fits):
         raise _ChildEnded(None)
     text = message[decoder.REPLY.size :].decode(errors="replace")
     return outcome, _Answer(kind, (height, width)), text
@@ -309,7 +310,7 @@ class _Child:
     Attributes:
         ended: Its exit code, once it has ended; None if nobody knows.
         was_killed: By us.
-        served: How many requests it has had.
+        served: How many requests it has had; the number of the last.
     """
 
     def __init__(self, template: _Template, number: int, channel: socket.socket, memory_fd: int) -> None:
@@ -327,14 +328,14 @@ class _Child:
     async def ask(self, what: bytes, data: bytes, input_size_px: int, timeout_s: float) -> bytes:
         """Hand a request over and wait for the reply."""
         await self._write(data)
+        if self.ended.done():
+            raise _NotHanded
         self._message = self._loop.create_future()
+        self.served += 1
         try:
-            if self.ended.done():
-                raise _NotHanded
-            self._channel.send(decoder.REQUEST.pack(what, len(data), input_size_px))
+            self._channel.send(decoder.REQUEST.pack(self.served, what, len(data), input_size_px))
         except OSError as error:
             raise _NotHanded from error
-        self.served += 1
         async with asyncio.timeout(timeout_s):
             return await self.receive()
 
@@ -399,6 +400,7 @@ class _Template:
     """The process that children are forked from, as its asker sees it.
 
     Attributes:
+        is_up: It has imported what it needs, and so hears what it is told.
         is_gone: It has ended, and its children with it.
     """
 
@@ -406,7 +408,7 @@ class _Template:
         self._loop = asyncio.get_running_loop()
         self._numbers = count()
         self._children: dict[int, _Child] = {}
-        self.is_gone = False
+        self.is_up = self.is_gone = False
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.setblocking(False)
         # Here and not in a thread: the kernel ends it with the thread that has started it.
@@ -447,6 +449,8 @@ class _Template:
     async def aclose(self) -> None:
         """End it and its children, and see that no zombie is left."""
         self._lose()
+        if not self.is_up:
+            self._process.kill()
         try:
             await asyncio.to_thread(self._process.wait, _KILL_DEADLINE_S)
         except subprocess.TimeoutExpired:

@@ -9,6 +9,7 @@ import ctypes
 import gc
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -75,7 +76,7 @@ def raise_a_bug() -> None:
 
 def lie_about_the_size() -> None:
     for child in _children():
-        child._channel.send(decoder.REPLY.pack(decoder.Outcome.DONE, 0, 60_000, 60_000))
+        child._channel.send(decoder.REPLY.pack(1, decoder.Outcome.DONE, 0, 60_000, 60_000))
 
 
 def talk_nonsense() -> None:
@@ -83,9 +84,13 @@ def talk_nonsense() -> None:
         child._channel.send(b"nonsense")
 
 
-def answer_twice() -> None:
-    for child in _children():
-        child._channel.send(decoder.REPLY.pack(decoder.Outcome.DONE, 0, 64, 96))
+def answer_unasked() -> None:
+    def answer() -> None:
+        time.sleep(0.02)
+        for child in _children():
+            child._channel.send(decoder.REPLY.pack(0, decoder.Outcome.DONE, 0, 64, 96))
+
+    threading.Thread(target=answer, daemon=True).start()
 
 
 def _children() -> list[decoder.Child]:
@@ -108,7 +113,7 @@ ORDERS: dict[str, Callable[[], None]] = {
         raise_a_bug,
         lie_about_the_size,
         talk_nonsense,
-        answer_twice,
+        answer_unasked,
     )
 }
 

@@ -47,9 +47,15 @@ class OrderedAbout(ImageSandbox):
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def sandbox() -> AsyncIterator[ImageSandbox]:
-    with pytest.MonkeyPatch.context() as patch:
+async def sandbox(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ImageSandbox]:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        socket.create_server(("127.0.0.1", 0)),
+        (tmp_path_factory.mktemp("worker") / "lock").open("w") as lock,
+    ):
         patch.setenv("R2_SECRET_ACCESS_KEY", SECRET)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.set_inheritable(lock.fileno(), True)
         made = OrderedAbout(LIMITS, processes=2, timeout_s=TIMEOUT_S, memory_bytes=MEMORY)
         made.start()
         await until(lambda: len(decoders()) == 2)
@@ -104,6 +110,7 @@ FILES = [
 
 
 class TestSameAsInThisProcess:
+    @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, which the decoders do not take for errors
     @pytest.mark.parametrize("data", FILES)
     async def test_pixels_and_errors_are_the_same(self, sandbox: ImageSandbox, data: bytes) -> None:
         assert await result_of(sandbox.open_for_model(data, SIDE)) == await result_of(
@@ -171,12 +178,17 @@ class TestCodecsGoneWrong:
         assert all(isinstance(image, ModelImage) for image in opened)
         await until(lambda: len(decoders()) == 2, 5)
 
-    async def test_a_child_that_answers_twice_cannot_answer_for_the_next_request(
-        self, sandbox: ImageSandbox
+    @pytest.mark.parametrize("is_idle", [True, False])
+    async def test_a_child_that_answers_unasked_is_replaced_and_not_believed(
+        self, sandbox: ImageSandbox, is_idle: bool
     ) -> None:
-        for _ in range(4):
-            await sandbox.open_for_model(ordered(PNG, "answer_twice"), SIDE)
-            assert (await sandbox.open_for_model(KINDS["one_pixel"].make(), SIDE)).size_hw == (1, 1)
+        for _ in range(3):
+            before = decoders()
+            await sandbox.open_for_model(ordered(PNG, "answer_unasked"), SIDE)
+            one_pixel = b"" if is_idle else ordered(KINDS["one_pixel"].make(), "nap")
+            for _ in range(0 if is_idle else 2):  # in either child
+                assert (await sandbox.open_for_model(one_pixel, SIDE)).size_hw == (1, 1)
+            await until(lambda before=before: decoders() != before and len(decoders()) == 2, 5)
 
     async def test_memory_that_a_child_shares_cannot_be_made_shorter(self, sandbox: ImageSandbox) -> None:
         with pytest.raises(RuntimeError, match="PermissionError"):
@@ -223,20 +235,18 @@ class TestDeathFromOutside:
         children, killed = decoders(), template()
         killed.kill()
         assert (await request).size_hw == (64, 96)
-        assert template() != killed
-        psutil.wait_procs(children, timeout=2)
-        assert not any(is_alive(child.pid) for child in children)
+        await until(lambda: psutil.Process().children() != [killed] and len(decoders()) == 2)
+        assert not any(is_alive(process.pid) for process in (killed, *children))
 
-    @pytest.mark.parametrize("order", ["nap", "spin", "hang_in_c"])
-    async def test_nothing_outlives_the_process_that_asked(self, order: str) -> None:
-        program = f"""
+    async def test_nothing_outlives_the_process_that_asked(self) -> None:
+        program = """
 import asyncio, psutil
 from tests.sam3_runner.test_sandbox import LIMITS, PNG, SIDE, OrderedAbout, decoders, ordered, template, until
 async def main():
     sandbox = OrderedAbout(LIMITS, processes=2)
-    asking = [asyncio.create_task(sandbox.open_for_model(ordered(PNG, {order!r}), SIDE)) for _ in range(2)]
-    await until(lambda: len(decoders()) == 2)
-    await asyncio.sleep(0.1)
+    for order in ("spin", "hang_in_c"):
+        sandbox.working = asyncio.create_task(sandbox.open_for_model(ordered(PNG, order), SIDE))
+    await until(lambda: len(decoders()) == 2 and sandbox._idle.empty())
     print(*(process.pid for process in (template(), *decoders())), flush=True)
     await asyncio.sleep(60)
 asyncio.run(main())
@@ -300,29 +310,22 @@ class TestQueue:
             await request
 
 
+def open_files(process: psutil.Process) -> list[str]:
+    """What it holds, in order, without the number of a socket."""
+    targets = [os.readlink(path) for path in Path(f"/proc/{process.pid}/fd").iterdir()]
+    return sorted(target.partition(":")[0] for target in targets)
+
+
 class TestConfinement:
-    async def test_a_child_holds_nothing_of_the_process_that_asked(
-        self, sandbox: ImageSandbox, tmp_path: Path
-    ) -> None:
-        with (
-            socket.create_server(("127.0.0.1", 0)),
-            (tmp_path / "lock").open("w") as lock,
-        ):
-            os.set_inheritable(lock.fileno(), True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            killed = template()
-            killed.kill()  # the next one starts while these are open
-            await works(sandbox)
-            await until(lambda: len(decoders()) == 2)
-            for process in decoders():
-                targets = sorted(os.readlink(path) for path in Path(f"/proc/{process.pid}/fd").iterdir())
-                kinds = [target.partition(":")[0] for target in targets]
-                assert kinds == ["/dev/null"] * 3 + ["/memfd", "/memfd", "socket"]
-            assert not [
-                target
-                for path in Path(f"/proc/{template().pid}/fd").iterdir()
-                if "lock" in (target := os.readlink(path))
-            ]
+    async def test_a_child_holds_nothing_of_the_process_that_asked(self, sandbox: ImageSandbox) -> None:
+        await works(sandbox)
+        for process in decoders():  # of the shared memory, one is what is mapped
+            assert open_files(process) == ["/dev/null"] * 3 + ["/memfd"] * 2 + ["socket"]
+        held = [Path(f"/proc/{template().pid}/fd/{fd}").readlink() for fd in (0, 1)]
+        assert held == [Path("/dev/null")] * 2
+        assert (
+            open_files(template())[-1] == "socket" and len(open_files(template())) == 6
+        )  # with a pipe of its own
 
     async def test_no_secret_is_in_its_environment(self, sandbox: ImageSandbox) -> None:
         assert os.environ["R2_SECRET_ACCESS_KEY"] == SECRET
@@ -331,8 +334,6 @@ class TestConfinement:
 
     async def test_the_kernel_bounds_what_it_may_take(self, sandbox: ImageSandbox) -> None:
         for process in decoders():
-            mapped = process.memory_info()
-            assert mapped.rss < 500 << 20
             limits = {
                 line[:26].strip(): line[26:].split()[:2]
                 for line in Path(f"/proc/{process.pid}/limits").read_text().splitlines()
@@ -340,9 +341,10 @@ class TestConfinement:
             assert limits["Max core file size"] == ["0", "0"]
             assert limits["Max file size"] == ["0", "0"]
             assert limits["Max open files"] == ["16", "16"]
-            assert int(limits["Max data size"][1]) < MEMORY + (512 << 20)
-            assert int(limits["Max address space"][1]) < 16 << 30
             status = Path(f"/proc/{process.pid}/status").read_text()
+            for field, limit, more in ("VmData", "data size", 0), ("VmSize", "address space", 512 << 20):
+                mapped = next(int(line.split()[1]) for line in status.splitlines() if field in line) << 10
+                assert int(limits[f"Max {limit}"][1]) <= mapped + MEMORY + more
             assert "NoNewPrivs:\t1" in status
             assert Path(f"/proc/{process.pid}/oom_score_adj").read_text() == "1000\n"
 
@@ -350,6 +352,7 @@ class TestConfinement:
         assert template().num_threads() == 1
 
 
+@pytest.mark.slow
 class TestLargeImages:
     async def test_one_that_takes_more_memory_than_it_may_is_told_so(self, sandbox: ImageSandbox) -> None:
         limits = ImageLimits(max_pixels=20_000_000)
