@@ -211,7 +211,7 @@ class S3Backend:
 
     async def __is_ready__(self) -> bool:
         """What `/readyz` says."""
-        return self.backend.watch.model is not None
+        return self.backend.watch.model is not None and self.backend.sandbox.is_ready
 
 
 def _reason(error: Exception) -> str:

@@ -28,6 +28,7 @@ from sam3_runner import rle
 from sam3_runner.checkpoint import DEMO_CHECKPOINT
 from sam3_runner.images import ImageLimits
 from sam3_runner.masks import encode_png
+from sam3_runner.sandbox import ImageSandbox
 from sam3_runner.text import PromptChecker
 from sam3_runner.types import ModelInfo, SegmentItem, SegmentResult
 from storage import ImageUrls
@@ -90,11 +91,11 @@ async def pause(error: BaseException, seconds: float) -> None:
 @pytest.fixture
 async def face(tmp_path: Path) -> AsyncIterator[Face]:
     store, tasks = LocalStore(tmp_path / "files", "http://localhost"), Flaky(tmp_path / "tasks.sqlite3")
-    app = create_app(is_local=True)
+    app, sandbox = create_app(is_local=True), ImageSandbox(LIMITS, processes=1)
     watch, journal = RunnerWatch(nothing_is_loaded), Journal(tmp_path / "journal")
     with ThreadPoolExecutor(1) as pool:
         urls = ImageUrls.for_local("http://localhost")
-        pipeline = Pipeline(store, tasks, NoRunner(), urls, LIMITS, codec_pool=pool)
+        pipeline = Pipeline(store, tasks, NoRunner(), urls, sandbox, LIMITS, codec_pool=pool)
         rules = RetryRules((), (), pause, first_pause_s=0.02, max_pause_s=0.1)
         metrics = RequestMetrics()
         executor = TaskExecutor(journal, pipeline, rules, code_of=code_of, observer=metrics.tasks)
@@ -104,6 +105,7 @@ async def face(tmp_path: Path) -> AsyncIterator[Face]:
             in_flight=InFlight(2),
             limits=LIMITS,
             codec_pool=pool,
+            sandbox=sandbox,
             prompts=PromptChecker.from_checkpoint(DEMO_CHECKPOINT),
             store=store,
             tasks=tasks,
@@ -117,6 +119,7 @@ async def face(tmp_path: Path) -> AsyncIterator[Face]:
             yield Face(client, store, tasks)
         await executor.aclose()
         await journal.aclose()
+        await sandbox.aclose()
         await tasks.aclose()
         await store.aclose()
 
