@@ -106,9 +106,8 @@ class GroupCommit:
         self._lock = lock
         with mapped_errors():
             self._connection: sqlite3.Connection | None = connect(file)
-        self._queue: queue.SimpleQueue[_Call | bool] = (
-            queue.SimpleQueue()
-        )  # True: the end; False: look at the lazy
+        # True: the end; False: look at what is lazy
+        self._queue: queue.SimpleQueue[_Call | bool] = queue.SimpleQueue()
         self._lazy: dict[object, Work[None]] = {}
         self._lazy_since = 0.0
         self._since_checkpoint_bytes = 0

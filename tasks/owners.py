@@ -53,7 +53,8 @@ class Lock:
         try:
             yield
         finally:
-            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            if self._descriptor >= 0:  # closing lets go too
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
     def close(self) -> None:
         """Let go of it; a second call does nothing."""
@@ -103,7 +104,8 @@ class Owners:
 
     def close(self) -> None:
         """From here on others see this process as dead."""
-        (self._directory / self.ours).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # without its lock it is a dead one's in any case
+            (self._directory / self.ours).unlink()
         self._lock.close()
 
 

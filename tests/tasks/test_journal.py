@@ -147,14 +147,18 @@ async def test_the_same_task_is_joined_while_it_runs_and_answered_when_it_is_don
     assert (found.state, found.owner, verdict) == (DONE, ours.owner, Verdict.RECORDED)
 
 
-@pytest.mark.parametrize("prepare", [done, failed], ids=["done", "failed"])
-async def test_the_same_task_with_other_inputs_is_a_conflict(
-    journal: Journal, prepare: Callable[..., Any]
-) -> None:
-    await (prepare(journal, told=True) if prepare is failed else prepare(journal))
+@pytest.mark.parametrize("state", [ACCEPTED, DONE, FAILED, ERROR])
+async def test_the_same_task_with_other_inputs_is_a_conflict(journal: Journal, state: str) -> None:
+    if state == DONE:
+        await done(journal)
+    elif state == ACCEPTED:
+        await accept(journal)
+    else:
+        await failed(journal, told=state == ERROR)
     before = await entry_of(journal)
     with pytest.raises(TaskConflict, match="'a'"):
         await accept(journal, fingerprint="other")
+    assert before.state == state
     assert await entry_of(journal) == before
 
 

@@ -161,8 +161,8 @@ class JournalMachine(RuleBasedStateMachine):
         for name in "abcde":
             known = self.model.tasks.get(name)
             entry = self.runner.run(self.journals[0].get(name))
+            assert (known is None) == (entry is None)
             if known is None or entry is None:
-                assert entry is known is None
                 continue
             found = (entry.fingerprint, entry.state, entry.owner, entry.run, entry.attempts, entry.error)
             assert found == (
