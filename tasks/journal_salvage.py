@@ -209,7 +209,7 @@ def _rows(old: sqlite3.Connection) -> Iterator[tuple[Any, ...]]:
         last = min(
             last, max((row[0] for row in old.execute("select id from entries order by task_id")), default=0)
         )
-    spans = [(1, last)]
+    spans = [(1, last)] if any(_is_reachable(old, 2**power) for power in range(41)) else []
     query = f"select {_COLUMNS} from entries where id between ? and ? order by id"
     while spans and misses < _MAX_MISSES:
         first, last = spans.pop()
@@ -223,6 +223,15 @@ def _rows(old: sqlite3.Connection) -> Iterator[tuple[Any, ...]]:
                 spans += [(middle + 1, last), (first, middle)]
             else:
                 misses += 1
+
+
+def _is_reachable(old: sqlite3.Connection, entry_id: int) -> bool:
+    """Whether the way to this row is whole, be it there or not."""
+    try:
+        old.execute("select 1 from entries where id = ?", (entry_id,)).fetchone()
+    except sqlite3.DatabaseError:
+        return False
+    return True
 
 
 def _insert(new: sqlite3.Connection, row: tuple[Any, ...]) -> bool:

@@ -401,18 +401,19 @@ async def test_a_write_goes_on_when_its_caller_is_cancelled(journal: Journal) ->
 
 
 def test_event_loops_in_several_threads_share_a_journal(directory: Path) -> None:
-    async def use(name: str) -> None:
-        entries = await asyncio.gather(*(accept(journal, f"{name}-{i}") for i in range(20)))
-        assert all([await journal.compute(entry, name.encode()) for entry, _ in entries])
+    shared = Journal(directory)
 
-    journal = Journal(directory)
+    async def use(name: str) -> None:
+        entries = await asyncio.gather(*(accept(shared, f"{name}-{i}") for i in range(20)))
+        assert all([await shared.compute(entry, name.encode()) for entry, _ in entries])
+
     threads = [threading.Thread(target=asyncio.run, args=(use(f"loop-{i}"),)) for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert asyncio.run(journal.counts())[COMPUTED] == 80
-    asyncio.run(journal.aclose())
+    assert asyncio.run(shared.counts())[COMPUTED] == 80
+    asyncio.run(shared.aclose())
 
 
 async def test_counts_name_all_unfinished_states(journal: Journal) -> None:
