@@ -428,10 +428,10 @@ async def test_counts_name_all_unfinished_states(journal: Journal) -> None:
 async def test_old_finished_entries_are_removed_and_their_space_is_given_back(
     opened: Open, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal_module, "PRUNED_AT_ONCE", 7)
+    monkeypatch.setattr(journal_module, "PRUNED_AT_ONCE", 5)
     monkeypatch.setattr(journal_module, "FREED_AT_ONCE", 50)
     journal = opened(retention_s=0.0)
-    for i in range(20):
+    for i in range(12):
         entry, _ = await accept(journal, f"old-{i}")
         await journal.compute(entry, os.urandom(50_000))
         await journal.finish(entry)
@@ -439,7 +439,7 @@ async def test_old_finished_entries_are_removed_and_their_space_is_given_back(
     await journal.compute(kept, b"still wanted")
     with closing(sqlite3.connect(database_of(directory))) as beside:
         before = beside.execute("pragma page_count").fetchone()[0]
-        assert await journal.prune() == 20
+        assert await journal.prune() == 12
         assert beside.execute("pragma page_count").fetchone()[0] < before / 10
         assert beside.execute("pragma freelist_count").fetchone()[0] == 0
         assert beside.execute("select count(*) from results").fetchone()[0] == 1
