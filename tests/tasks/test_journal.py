@@ -18,7 +18,7 @@ from tasks import journal as journal_module
 from tasks.errors import BacklogFull, JournalUnavailable, TaskConflict
 from tasks.journal import ACCEPTED, COMPUTED, DONE, ERROR, FAILED, Entry, Journal, Verdict
 from tasks.journal_file import FORMAT, database_of
-from tasks.owners import Lock
+from tasks.owners import Lock, Turns
 
 JOB = {"image_url": "https://images.example/a.jpg", "prompts": ["고양이", "\ud800"], "is_batch": False}
 
@@ -216,7 +216,7 @@ class writer_held_up:
     """Another process has the lock: calls pile up behind it, and share a transaction then."""
 
     def __init__(self, journal: Journal) -> None:
-        self._lock = Lock(journal._lock._path)
+        self._lock = Lock(journal._lock.path)
 
     def __enter__(self) -> None:
         assert self._lock.take()
@@ -354,6 +354,28 @@ async def test_a_child_that_was_forked_does_not_keep_its_parent_alive(directory:
     finally:
         for descriptor in (*ready, *gone):
             os.close(descriptor)
+
+
+def test_who_has_had_the_lock_waits_behind_who_waits_already(tmp_path: Path) -> None:
+    """Without turns the busy one had it a hundred times before the other had it once."""
+    with closing(Turns(tmp_path / "lock")) as busy, closing(Turns(tmp_path / "lock")) as other:
+        turns, is_over = 0, threading.Event()
+
+        def hog() -> None:
+            nonlocal turns
+            while not is_over.is_set():
+                with busy.held(10):
+                    time.sleep(0.005)
+                    turns += 1
+
+        thread = threading.Thread(target=hog)
+        thread.start()
+        for _ in range(20):
+            with other.held(10):
+                pass
+        is_over.set()
+        thread.join()
+    assert turns < 60
 
 
 async def test_a_caller_that_is_cancelled_leaves_its_task_to_whoever_takes_over(opened: Open) -> None:
@@ -538,5 +560,5 @@ async def test_an_error_inside_the_writer_does_not_end_it(
         with pytest.raises(JournalUnavailable, match="TypeError"):
             await accept(journal)
     assert (await accept(journal))[1] is Verdict.NEW
-    with contextlib.closing(sqlite3.connect(database_of(journal._lock._path.parent))) as beside:
+    with contextlib.closing(sqlite3.connect(database_of(journal._lock.path.parent))) as beside:
         assert beside.execute("pragma quick_check").fetchone() == ("ok",)
