@@ -357,25 +357,30 @@ async def test_a_child_that_was_forked_does_not_keep_its_parent_alive(directory:
 
 
 def test_who_has_had_the_lock_waits_behind_who_waits_already(tmp_path: Path) -> None:
-    """Without turns the busy one had it a hundred times before the other had it once."""
-    with closing(Turns(tmp_path / "lock")) as busy, closing(Turns(tmp_path / "lock")) as other:
-        turns, is_over = 0, threading.Event()
+    order: list[str] = []
 
-        def hog() -> None:
-            nonlocal turns
-            while not is_over.is_set():
-                with busy.held(10):
-                    time.sleep(0.005)
-                    turns += 1
+    def wait_and_take() -> None:
+        with other.held(10):
+            order.append("other")
 
-        thread = threading.Thread(target=hog)
-        thread.start()
-        for _ in range(20):
-            with other.held(10):
-                pass
-        is_over.set()
+    path = tmp_path / "lock"
+    with (
+        closing(Turns(path)) as ours,
+        closing(Turns(path)) as other,
+        closing(Lock(tmp_path / "lock.next")) as door,
+    ):
+        thread = threading.Thread(target=wait_and_take)
+        with ours.held(10):
+            thread.start()
+            ends = time.monotonic() + 5
+            while door.take():  # until the other one stands at it
+                door.release()
+                assert time.monotonic() < ends
+                time.sleep(0.001)
+        with ours.held(10):
+            order.append("ours")
         thread.join()
-    assert turns < 60
+    assert order == ["other", "ours"]
 
 
 async def test_a_caller_that_is_cancelled_leaves_its_task_to_whoever_takes_over(opened: Open) -> None:
