@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 
 from tasks.errors import JournalUnavailable
 from tasks.journal_file import BUSY_TIMEOUT_S, connect, mapped_errors
-from tasks.owners import Lock
+from tasks.owners import Turns
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ LAZY_S: Final = 0.5  # what need not be durable waits so long for a transaction 
 # Pages in the log are brought into the file when so many bytes were written (about), and at the latter at once.
 # The more are waiting, the more often a page was written twice and is brought once.
 IDLE_CHECKPOINT_BYTES: Final = 4 * 2**20
-BUSY_CHECKPOINT_BYTES: Final = 32 * 2**20
+BUSY_CHECKPOINT_BYTES: Final = 16 * 2**20
 _CALL_BYTES: Final = 4 * 4096  # about what one call writes: a page each of the table and its indexes
 
 
@@ -101,14 +101,13 @@ class GroupCommit:
         JournalUnavailable: the file cannot be opened.
     """
 
-    def __init__(self, file: Path, lock: Lock) -> None:
+    def __init__(self, file: Path, lock: Turns) -> None:
         self._file = file
         self._lock = lock
         with mapped_errors():
             self._connection: sqlite3.Connection | None = connect(file)
-        self._queue: queue.SimpleQueue[_Call | bool] = (
-            queue.SimpleQueue()
-        )  # True: the end; False: look at the lazy
+        # True: the end; False: look at what is lazy
+        self._queue: queue.SimpleQueue[_Call | bool] = queue.SimpleQueue()
         self._lazy: dict[object, Work[None]] = {}
         self._lazy_since = 0.0
         self._since_checkpoint_bytes = 0
