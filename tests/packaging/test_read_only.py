@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -22,7 +23,7 @@ from tests.packaging.conftest import ROOT, environment, wait_until_ready
 NOBODY = 65534
 
 
-def run_as() -> dict[str, int | list[int]]:
+def run_as() -> dict[str, Any]:
     """For subprocesses: root could write anywhere, whatever the modes say."""
     return {} if os.geteuid() else {"user": NOBODY, "group": NOBODY, "extra_groups": []}
 
@@ -74,7 +75,7 @@ def served(host: Path) -> Iterator[httpx.Client]:
             stdout=log,
             stderr=log,
             start_new_session=True,
-            **run_as(),  # type: ignore[arg-type]
+            **run_as(),
         )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
@@ -85,7 +86,7 @@ def served(host: Path) -> Iterator[httpx.Client]:
 
 
 def test_it_serves_where_nothing_but_temporary_files_and_data_can_be_written(host: Path) -> None:
-    denied = subprocess.run(["touch", str(host / "home" / "x")], capture_output=True, **run_as())  # type: ignore[call-overload]
+    denied = subprocess.run(["touch", str(host / "home" / "x")], capture_output=True, **run_as())
     assert denied.returncode != 0, "the directory is writable: this test would show nothing"
     picture = (ROOT / "examples" / "shapes.jpg").read_bytes()
     with served(host) as client:
