@@ -27,18 +27,16 @@ def storage_shaky(world: World) -> AbstractContextManager[None]:
     return world.storage.trouble(error_share=0.2, hang_share=0.05)
 
 
-def network_cut(world: World) -> AbstractContextManager[None]:
-    stack = contextlib.ExitStack()
-    for proxy in (world.storage, world.database):
-        stack.enter_context(proxy.trouble(is_cut=True))
-    return stack
+@contextlib.contextmanager
+def network_cut(world: World) -> Iterator[None]:
+    with world.storage.trouble(is_cut=True), world.database.trouble(is_cut=True):
+        yield
 
 
-def network_silent(world: World) -> AbstractContextManager[None]:
-    stack = contextlib.ExitStack()
-    for proxy in (world.storage, world.database):
-        stack.enter_context(proxy.trouble(holds=True))
-    return stack
+@contextlib.contextmanager
+def network_silent(world: World) -> Iterator[None]:
+    with world.storage.trouble(holds=True), world.database.trouble(holds=True):
+        yield
 
 
 @contextlib.contextmanager
