@@ -26,6 +26,7 @@ from api.backend import check_settings, make_backend
 from api.config import DEFAULT_PORT, LOOPBACK, ConfigurationError, Settings, read_settings
 from api.lifecycle import (
     count_as_caller,
+    drain_before_stop,
     end_with_supervisor,
     fail_service,
     outlive_callers,
@@ -195,8 +196,9 @@ class S3Backend:
 
     @bentoml.on_startup
     async def open(self) -> None:
-        """Begin to ask for the runner."""
-        self.backend.watch.start()
+        """Begin to look after storage, rows and runner and to carry tasks; end gently when told to."""
+        self.backend.start()
+        drain_before_stop(self.backend.drain)
 
     @bentoml.on_shutdown
     async def close(self) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import orjson
@@ -25,12 +25,13 @@ from api.errors import (
     BodyTooLarge,
     InvalidRequest,
     MalformedJson,
+    ModelNotReady,
     PromptRefused,
     RouteNotFound,
-    code_of,
 )
 from api.limits import MAX_JSON_BYTES, read_body
 from api.openapi import openapi_document
+from api.preferences import RESPOND_ASYNC, wants_async
 from api.requests import RECORD, RequestRecord
 from api.routes import ROUTES, RouteSpec
 from api.schemas import BatchRequest, PredictRequest, RequestT, parse_request
@@ -41,9 +42,7 @@ from sam3_runner.text import MAX_PROMPTS, PromptChecker
 from sam3_runner.types import ModelInfo, Segmentation, TextPrompt
 from storage import ObjectNotFound
 from storage.keys import validate_key
-from tasks.failures import ErrorRows
 from tasks.pipeline import Job, JobOutcome, PromptOutcome
-from tasks.store import TaskInputs
 
 T = TypeVar("T")
 
@@ -63,25 +62,17 @@ class FaceApp(Starlette):
 
 
 def create_app(*, is_local: bool) -> FaceApp:
-    """The application; its `state.backend` must be set before its lifespan begins.
+    """The application; its `state.backend` must be set before its first request.
 
     Args:
         is_local: Whether objects live in a local directory, so that the `/files` routes exist.
     """
     specs = [spec for spec in ROUTES if is_local or not spec.is_local_only]
     served = [spec for spec in specs if spec.operation in _HANDLERS]
-    app = FaceApp(routes=[_route(spec) for spec in served], lifespan=_lifespan)
+    app = FaceApp(routes=[_route(spec) for spec in served])
     app.router.redirect_slashes = False
     app.state.document = orjson.dumps(openapi_document(specs))
     return app
-
-
-@asynccontextmanager
-async def _lifespan(app: FaceApp) -> AsyncIterator[None]:
-    """BentoML begins it with the backend made, and ends it before the backend is closed."""
-    app.state.error_rows = ErrorRows(app.state.backend.tasks)
-    yield
-    await app.state.error_rows.aclose()
 
 
 Handler = Callable[[Request, Backend, RequestRecord], Awaitable[Response]]
@@ -105,7 +96,14 @@ def _json(body: Any) -> Response:
 
 async def _health(request: Request, backend: Backend, record: RequestRecord) -> Response:
     model = backend.watch.model
-    return _json({"status": "ok", "model_loaded": model is not None, "gpu_available": _has_gpu(model)})
+    return _json(
+        {
+            "status": "ok",
+            "model_loaded": model is not None,
+            "gpu_available": _has_gpu(model),
+            "dependencies": await backend.dependencies(),
+        }
+    )
 
 
 def _has_gpu(model: ModelInfo | None) -> bool:
@@ -113,7 +111,7 @@ def _has_gpu(model: ModelInfo | None) -> bool:
 
 
 async def _metrics(request: Request, backend: Backend, record: RequestRecord) -> Response:
-    text = await asyncio.to_thread(backend.metrics.exposition)
+    text = await asyncio.to_thread(backend.metrics.exposition, await backend.tasks_waiting())
     return Response(text, headers={"content-type": metrics.CONTENT_TYPE})
 
 
@@ -140,25 +138,29 @@ async def _model_info(request: Request, backend: Backend, record: RequestRecord)
 
 
 async def _predict(request: Request, backend: Backend, record: RequestRecord) -> Response:
-    with backend.in_flight.slot():
-        asked = await _read_request(request, backend, record, PredictRequest)
-        outcome = await _run(backend, record, asked)
-        return await _in_pool(backend, _predict_json, asked, outcome, record)
+    return await _do(request, backend, record, PredictRequest)
 
 
 async def _predict_batch(request: Request, backend: Backend, record: RequestRecord) -> Response:
+    return await _do(request, backend, record, BatchRequest)
+
+
+async def _do(request: Request, backend: Backend, record: RequestRecord, schema: type[RequestT]) -> Response:
+    await backend.require_room()
     with backend.in_flight.slot():
-        asked = await _read_request(request, backend, record, BatchRequest)
-        outcome = await _run(backend, record, asked)
-        return await _in_pool(backend, _batch_json, asked, outcome, record)
+        job = await _read_job(request, backend, record, schema)
+        await _require_model(backend, job)
+        if wants_async(request.headers.getlist("prefer")):
+            await backend.executor.submit(job)
+            return _accepted(job)
+        outcome = await _run(request, backend, record, job)
+        return _json(await _in_pool(backend, _answer, job, outcome, record.elapsed_s))
 
 
-async def _read_request(
-    request: Request, backend: Backend, record: RequestRecord, schema: type[RequestT]
-) -> RequestT:
+async def _read_job(request: Request, backend: Backend, record: RequestRecord, schema: type[RequestT]) -> Job:
     """The body as its schema says, with prompts that the text encoder reads; if it does not, the row says so."""
     too_large = BodyTooLarge(
-        f"The JSON body is larger than {MAX_JSON_BYTES} bytes: send the image by URL, not inline."
+        f"The body is larger than {MAX_JSON_BYTES} bytes: images are sent by URL, not in the body."
     )
     body = await read_body(request, MAX_JSON_BYTES, too_large)
     try:
@@ -168,20 +170,36 @@ async def _read_request(
     asked = parse_request(schema, value)
     record.task_id = asked.task_id
     record.fields["prompts"] = len(asked.all_prompts)
+    job = Job(
+        task_id=asked.task_id,
+        user_id=asked.user_id,
+        image_url=asked.image_url,
+        prompts=asked.all_prompts,
+        score_threshold=asked.score_threshold,
+        request_id=record.request_id,
+        is_batch=isinstance(asked, BatchRequest),
+    )
     try:
         _check_prompts(backend.prompts, asked)
     except (PromptRefused, TooManyPrompts) as error:
-        task = TaskInputs(
-            task_id=asked.task_id,
-            user_id=asked.user_id,
-            image_url=asked.image_url,
-            prompts=asked.all_prompts,
-            score_threshold=asked.score_threshold,
-            request_id=record.request_id,
-        )
-        await request.app.state.error_rows.write(task, *code_of(error), after=None)
+        await backend.executor.refuse(job, error)
         raise
-    return asked
+    return job
+
+
+async def _require_model(backend: Backend, job: Job) -> None:
+    """A task that is known may be asked for while no model is there; a new one is not accepted then."""
+    try:
+        backend.watch.require()
+    except ModelNotReady:
+        if not await backend.executor.knows(job.task_id):
+            raise
+
+
+def _accepted(job: Job) -> Response:
+    body = {"task_id": job.task_id, "status": "processing"}
+    headers = {"location": f"/api/v1/tasks/{job.task_id}", "preference-applied": RESPOND_ASYNC}
+    return Response(orjson.dumps(body), 202, headers, "application/json")
 
 
 def _check_prompts(check: PromptChecker, asked: PredictRequest | BatchRequest) -> None:
@@ -204,19 +222,11 @@ def _why_refused(check: PromptChecker, text: str) -> str | None:
     return None
 
 
-async def _run(backend: Backend, record: RequestRecord, asked: PredictRequest | BatchRequest) -> JobOutcome:
-    backend.watch.require()  # before the row is claimed
-    job = Job(
-        task_id=asked.task_id,
-        user_id=asked.user_id,
-        image_url=asked.image_url,
-        prompts=asked.all_prompts,
-        score_threshold=asked.score_threshold,
-        request_id=record.request_id,
-        is_batch=isinstance(asked, BatchRequest),
-    )
+async def _run(request: Request, backend: Backend, record: RequestRecord, job: Job) -> JobOutcome:
     try:
-        outcome = await backend.pipeline.run(job)
+        outcome = await backend.executor.run(
+            job, timeout_s=backend.settings.request_timeout_s, is_caller_gone=request.is_disconnected
+        )
     except Exception as error:
         record.stage_ms = getattr(error, "stage_ms", {})
         raise
@@ -226,34 +236,52 @@ async def _run(backend: Backend, record: RequestRecord, asked: PredictRequest | 
     return outcome
 
 
+async def _task(request: Request, backend: Backend, record: RequestRecord) -> Response:
+    record.task_id = request.path_params["task_id"]
+    view = await backend.executor.look(record.task_id)
+    body: dict[str, Any] = {
+        "task_id": record.task_id,
+        "status": view.status,
+        "stage": view.stage,
+        "attempts": view.attempts,
+        "accepted_at": _iso(view.accepted_at),
+        "updated_at": _iso(view.updated_at),
+    }
+    if view.outcome is not None:
+        took_s = view.updated_at - view.accepted_at
+        body["result"] = await _in_pool(backend, _answer, view.job, view.outcome, took_s)
+    if view.error is not None:
+        body["error"] = {"code": view.error[0], "message": view.error[1]}
+    return _json(body)
+
+
+def _iso(unix_s: float) -> str:
+    return datetime.fromtimestamp(unix_s, UTC).isoformat()
+
+
 async def _in_pool(backend: Backend, call: Callable[..., T], *arguments: Any) -> T:
     """What takes milliseconds of CPU, such as run-length strings of large masks: not on the event loop."""
     return await asyncio.get_running_loop().run_in_executor(backend.codec_pool, call, *arguments)
 
 
-def _predict_json(asked: PredictRequest, outcome: JobOutcome, record: RequestRecord) -> Response:
-    return _json(_result(asked, outcome, outcome.prompts[0], record.elapsed_s))
+def _answer(job: Job, outcome: JobOutcome, elapsed_s: float) -> dict[str, Any]:
+    """The body of predict, or of predict/batch."""
+    results = [_result(job, outcome, prompt, elapsed_s) for prompt in outcome.prompts]
+    if not job.is_batch:
+        return results[0]
+    return {
+        "task_id": job.task_id,
+        "results": results,
+        "total_inference_time_ms": round(outcome.inference_time_ms, 3),
+        "mask_url": outcome.mask_url,
+    }
 
 
-def _batch_json(asked: BatchRequest, outcome: JobOutcome, record: RequestRecord) -> Response:
-    elapsed_s = record.elapsed_s
-    return _json(
-        {
-            "task_id": asked.task_id,
-            "results": [_result(asked, outcome, prompt, elapsed_s) for prompt in outcome.prompts],
-            "total_inference_time_ms": round(outcome.inference_time_ms, 3),
-            "mask_url": outcome.mask_url,
-        }
-    )
-
-
-def _result(
-    asked: PredictRequest | BatchRequest, outcome: JobOutcome, prompt: PromptOutcome, elapsed_s: float
-) -> dict[str, Any]:
+def _result(job: Job, outcome: JobOutcome, prompt: PromptOutcome, elapsed_s: float) -> dict[str, Any]:
     height, width = outcome.image_size_hw
     timings = {stage: round(ms, 3) for stage, ms in outcome.stage_ms.items()}
     return {
-        "task_id": asked.task_id,
+        "task_id": job.task_id,
         "mask_url": prompt.mask_url,
         "labels": list(prompt.labels),
         "inference_time_ms": round(outcome.inference_time_ms, 3),
@@ -261,7 +289,7 @@ def _result(
         "text_prompt": prompt.prompt,
         "instances": _instances(prompt.segmentation),
         "image_size": {"width": width, "height": height},
-        "score_threshold": asked.score_threshold,
+        "score_threshold": job.score_threshold,
         "timings_ms": {**timings, "total": round(elapsed_s * 1000, 3)},
         "model": {"name": outcome.model.model_name, "version": outcome.model.model_version},
     }
@@ -304,6 +332,7 @@ async def _put_file(request: Request, backend: Backend, record: RequestRecord) -
             "This key cannot be written; see details.", ({"field": "key", "message": message},)
         )
     max_bytes = backend.limits.max_bytes
+    backend.require_running()
     with backend.in_flight.slot():
         data = await read_body(
             request, max_bytes, ImageTooLarge(f"The file is larger than {max_bytes} bytes.")
@@ -331,6 +360,7 @@ _HANDLERS: dict[str, Handler] = {
     "predict": _predict,
     "predict_batch": _predict_batch,
     "model_info": _model_info,
+    "task": _task,
     "get_file": _get_file,
     "put_file": _put_file,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,27 +11,34 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import Any
 
 from api.access import KeyCheck
 from api.config import ConfigurationError, Settings
-from api.errors import code_of
+from api.errors import ModelNotReady, code_of
 from api.lifecycle import shared_file
 from api.limits import InFlight
 from api.metrics import RequestMetrics
 from api.readiness import RunnerWatch, WatchedRunner
-from api.runner_link import ITEMS_PER_REQUEST, RunnerClient
+from api.runner_link import ITEMS_PER_REQUEST, RunnerClient, RunnerLost, RunnerTimedOut
 from sam3_runner.errors import CheckpointError
 from sam3_runner.images import ImageLimits
 from sam3_runner.text import PromptChecker
 from storage import ImageUrls, ObjectStore
-from storage.errors import StorageError
+from storage.errors import StorageError, StorageTimeout, StorageUnavailable
 from storage.keys import PARTIAL_PREFIX
 from storage.local import LocalStore
-from tasks.errors import TaskError
+from tasks.breaker import CircuitBreaker, GuardedStore, GuardedTasks
+from tasks.errors import JournalUnavailable, TaskError, TaskStoreTimeout, TaskStoreUnavailable, WorkerStops
+from tasks.executor import RetryRules, TaskExecutor
+from tasks.journal import Journal
 from tasks.local import LocalTasks
 from tasks.pipeline import Pipeline
 from tasks.store import TaskStore
 from tasks.supabase import SupabaseTasks
+
+# Docker waits 10 s before it kills, unless told otherwise (docs/deploy.md does); the journal has what is not done.
+SHUTDOWN_GRACE_S = 25.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +53,12 @@ class Backend:
         limits: Of image files.
         codec_pool: Threads for what takes the CPU.
         prompts: Checked before anything is claimed.
-        store: Images and masks.
-        tasks: Rows.
+        store: Images and masks, behind a circuit breaker.
+        tasks: Rows, behind another.
         client: Of the runner's process.
         watch: Whether the runner is ready.
-        pipeline: Does the jobs.
+        journal: Of the tasks that this process accepted or took over.
+        executor: Carries them through.
     """
 
     settings: Settings
@@ -59,15 +68,70 @@ class Backend:
     limits: ImageLimits
     codec_pool: ThreadPoolExecutor
     prompts: PromptChecker
-    store: ObjectStore
-    tasks: TaskStore
+    store: GuardedStore
+    tasks: GuardedTasks
     client: RunnerClient
     watch: RunnerWatch
-    pipeline: Pipeline
+    journal: Journal
+    executor: TaskExecutor
+
+    def require_running(self) -> None:
+        """Turn a request away once this process is about to stop.
+
+        Raises:
+            WorkerStops: it is.
+        """
+        if self.executor.is_draining:
+            raise WorkerStops("this process stops")
+
+    async def require_room(self) -> None:
+        """Turn a request away, before its body is read, that would not be accepted.
+
+        Raises:
+            WorkerStops: this process is about to stop.
+            BacklogFull: too many tasks are under way already.
+            JournalUnavailable: none can be accepted.
+        """
+        self.require_running()
+        await self.executor.require_room()
+
+    async def drain(self) -> None:
+        """Turn new requests away, and let what runs end."""
+        await self.executor.drain(SHUTDOWN_GRACE_S)
+
+    def start(self) -> None:
+        """Begin to look after what this needs, and for tasks that nobody carries. Needs a running event loop."""
+        self.watch.start()
+        self.store.watch()
+        self.tasks.watch()
+        self.executor.start()
+
+    async def tasks_waiting(self) -> dict[str, int]:
+        """How many accepted tasks of this host are not finished, by state.
+
+        Raises:
+            JournalUnavailable: nobody can tell.
+        """
+        return await self.journal.counts()
+
+    async def dependencies(self) -> dict[str, Any]:
+        """What `/health` says about what this needs; asks none of them."""
+        return {
+            "storage": _health_of(self.store.breaker),
+            "tasks": _health_of(self.tasks.breaker),
+            "journal": await self._journal_health(),
+        }
+
+    async def _journal_health(self) -> dict[str, Any]:
+        try:
+            return {"status": "ok", "waiting": sum((await self.tasks_waiting()).values())}
+        except JournalUnavailable:
+            return {"status": "down", "waiting": 0}
 
     async def aclose(self) -> None:
-        """Let work under way end, then free threads and connections."""
-        await self.pipeline.aclose()
+        """Leave to the journal what still runs, then free threads and connections."""
+        await self.executor.aclose()
+        await self.journal.aclose()
         await self.watch.aclose()
         await self.client.aclose()
         await self.tasks.aclose()
@@ -95,21 +159,27 @@ def make_backend(settings: Settings, runner_url: str, own_url: str) -> Backend:
     watch = RunnerWatch(client.info)
     limits = ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels)
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="codec")
-    store, tasks = make_store(settings, base_url), make_tasks(settings)
+    metrics = RequestMetrics()
+    store = GuardedStore(make_store(settings, base_url), on_change=metrics.tasks.storage_is_up)
+    tasks = GuardedTasks(make_tasks(settings), on_change=metrics.tasks.rows_are_up)
     pipeline = Pipeline(
-        store,
-        tasks,
-        WatchedRunner(client, watch),
-        make_urls(settings, base_url),
-        limits,
+        store, tasks, WatchedRunner(client, watch), make_urls(settings, base_url), limits, codec_pool=pool
+    )
+    journal = make_journal(settings)
+    executor = TaskExecutor(
+        journal,
+        pipeline,
+        retry_rules(watch, store.breaker, tasks.breaker),
         code_of=code_of,
-        codec_pool=pool,
-        timeout_s=settings.request_timeout_s,
+        observer=metrics.tasks,
+        deadline_s=settings.task_deadline_s,
+        max_unfinished=settings.max_backlog,
+        max_running=math.ceil(2 * settings.max_batch_size / settings.api_workers),
     )
     return Backend(
         settings=settings,
         key_check=KeyCheck(_value(settings, "api_secret_key")),
-        metrics=RequestMetrics(),
+        metrics=metrics,
         in_flight=InFlight(settings.max_in_flight, shared_file("in-flight")),
         limits=limits,
         codec_pool=pool,
@@ -118,8 +188,39 @@ def make_backend(settings: Settings, runner_url: str, own_url: str) -> Backend:
         tasks=tasks,
         client=client,
         watch=watch,
-        pipeline=pipeline,
+        journal=journal,
+        executor=executor,
     )
+
+
+def retry_rules(watch: RunnerWatch, storage: CircuitBreaker, rows: CircuitBreaker) -> RetryRules:
+    """What passes by itself, and when to look again."""
+
+    async def pause(error: BaseException, seconds: float) -> None:
+        if isinstance(error, ModelNotReady | RunnerLost):
+            await watch.pause(seconds)
+        elif isinstance(error, StorageError):
+            await storage.pause(seconds)
+        elif isinstance(error, TaskError):
+            await rows.pause(seconds)
+        else:
+            await asyncio.sleep(seconds)
+
+    suspicious = (RunnerLost, RunnerTimedOut)
+    passing = (StorageUnavailable, StorageTimeout, TaskStoreUnavailable, TaskStoreTimeout, ModelNotReady)
+    return RetryRules(passing=(*passing, *suspicious), suspicious=suspicious, pause=pause)
+
+
+def make_journal(settings: Settings) -> Journal:
+    """The journal of accepted tasks, shared by all processes of this host."""
+    return Journal(_journal_dir(settings))
+
+
+def _health_of(breaker: CircuitBreaker) -> dict[str, str | None]:
+    since, failure = breaker.since, breaker.last_failure
+    if since is None or failure is None:
+        return {"status": "ok", "since": None, "reason": None}
+    return {"status": "down", "since": since.isoformat(), "reason": code_of(failure())[0]}
 
 
 def make_store(settings: Settings, base_url: str) -> ObjectStore:
@@ -220,6 +321,10 @@ def _data_dir_error(settings: Settings, advice: str) -> ConfigurationError:
 
 def _files_dir(settings: Settings) -> Path:
     return settings.data_dir / "files"
+
+
+def _journal_dir(settings: Settings) -> Path:
+    return settings.data_dir / "journal"
 
 
 def _tasks_file(settings: Settings) -> Path:

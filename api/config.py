@@ -70,7 +70,9 @@ class Settings(BaseSettings):
         validation_alias="s3_api_workers",
     )
     max_in_flight: int = Field(64, ge=1, validation_alias="s3_max_in_flight")
+    max_backlog: int = Field(1000, ge=1, validation_alias="s3_max_backlog")
     request_timeout_s: float = Field(60.0, gt=0, le=3600, validation_alias="s3_request_timeout_s")
+    task_deadline_s: float = Field(600.0, gt=0, le=86_400, validation_alias="s3_task_deadline_s")
     max_image_bytes: int = Field(25_000_000, ge=1, validation_alias="s3_max_image_bytes")
     max_image_pixels: int = Field(50_000_000, ge=1, validation_alias="s3_max_image_pixels")
     # A batch of one is none: BentoML takes 2 and more.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from api.runner_link import RunnerLost, RunnerTimedOut
+from api.runner_link import RunnerAway, RunnerLost, RunnerTimedOut
 from sam3_runner import errors as runner_errors
 from sam3_runner.wire import WireError
 from storage import errors as storage_errors
@@ -159,6 +159,7 @@ FAULTS: dict[type[BaseException], Fault] = {
     runner_errors.InferenceFailed: Fault(500, "INFERENCE_FAILED", "The model failed on this image."),
     WireError: INTERNAL,
     RunnerLost: _NOT_READY,
+    RunnerAway: _NOT_READY,
     RunnerTimedOut: _TIMED_OUT,
     # storage
     storage_errors.StorageError: Fault(502, "STORAGE_UNAVAILABLE", _STORAGE_DOWN),
@@ -179,7 +180,28 @@ FAULTS: dict[type[BaseException], Fault] = {
     task_errors.TaskConflict: Fault(409, "TASK_CONFLICT"),
     task_errors.TaskStoreUnavailable: Fault(502, "TASK_STORE_UNAVAILABLE", _TASKS_DOWN),
     task_errors.TaskStoreTimeout: Fault(504, "TASK_STORE_TIMEOUT", "The task table did not answer in time."),
+    task_errors.JournalUnavailable: Fault(
+        503,
+        "JOURNAL_UNAVAILABLE",
+        "No task can be put on record at the moment, so none is accepted. Try again later.",
+        retry_after_s=5,
+    ),
+    task_errors.BacklogFull: Fault(429, "OVERLOADED", retry_after_s=5),
+    task_errors.TaskFailed: INTERNAL,  # it carries a code of its own
+    task_errors.TaskGaveUp: Fault(
+        500,
+        "TASK_GAVE_UP",
+        "The task was begun several times, and each time the process that worked on it ended. It may be its image.",
+    ),
+    task_errors.WorkerStops: Fault(
+        503, "SHUTTING_DOWN", "The service is about to stop. Try again later.", retry_after_s=5
+    ),
+    task_errors.NotOurTask: Fault(
+        503, "SHUTTING_DOWN", "The task goes on in another process. Ask for it again.", retry_after_s=1
+    ),
+    task_errors.RecordUnreadable: INTERNAL,
 }
+FAULT_OF_CODE: dict[str, Fault] = {fault.code: fault for fault in FAULTS.values()}
 
 
 def fault_of(error: BaseException) -> Fault:
@@ -198,6 +220,8 @@ def code_of(error: BaseException) -> tuple[str, str]:
 
 def answer_of(error: BaseException) -> Answer:
     """Translate any exception into what is sent."""
+    if isinstance(error, task_errors.TaskFailed):
+        return _answer_of_record(error)
     fault = fault_of(error)
     headers = {"Retry-After": str(fault.retry_after_s)} if fault.retry_after_s is not None else {}
     details: Details = ()
@@ -205,6 +229,13 @@ def answer_of(error: BaseException) -> Answer:
         headers |= error.headers
         details = error.details
     return Answer(fault.status, fault.code, fault.message or str(error) or fault.code, details, headers)
+
+
+def _answer_of_record(error: task_errors.TaskFailed) -> Answer:
+    """What was said when the task failed; a code of an older version is a bug's."""
+    fault = FAULT_OF_CODE.get(error.code, INTERNAL)
+    headers = {} if fault.retry_after_s is None else {"Retry-After": str(fault.retry_after_s)}
+    return Answer(fault.status, error.code, error.message, (), headers)
 
 
 def error_of_status(status: int, method: str, path: str, headers: dict[str, str]) -> ApiError:

@@ -71,7 +71,20 @@ REQUESTS: dict[str, dict[str, Any]] = {
 }
 
 RESPONSES: dict[str, dict[str, Any]] = {
-    "health": {"status": "ok", "model_loaded": True, "gpu_available": False},
+    "health": {
+        "status": "ok",
+        "model_loaded": True,
+        "gpu_available": False,
+        "dependencies": {
+            "storage": {
+                "status": "down",
+                "since": "2026-01-31T12:00:00.000000+00:00",
+                "reason": "STORAGE_TIMEOUT",
+            },
+            "tasks": {"status": "ok", "since": None, "reason": None},
+            "journal": {"status": "ok", "waiting": 3},
+        },
+    },
     "predict": {
         "task_id": _TASK,
         "mask_url": f"https://images.example.com/masks/{_TASK}.png",
@@ -91,6 +104,14 @@ RESPONSES: dict[str, dict[str, Any]] = {
         "total_inference_time_ms": 55.0,
         "mask_url": f"{_LOCAL}/masks/{_BATCH_TASK}.png",
     },
+    "task": {
+        "task_id": _TASK,
+        "status": "processing",
+        "stage": "segment",
+        "attempts": 1,
+        "accepted_at": "2026-01-31T12:00:00.000000+00:00",
+        "updated_at": "2026-01-31T12:00:00.100000+00:00",
+    },
     "model_info": {
         "model_name": "SAM3",
         "model_version": "demo",
@@ -105,6 +126,8 @@ RESPONSES: dict[str, dict[str, Any]] = {
     },
     "put_file": {"url": f"{_LOCAL}/uploads/desk.jpg", "key": "uploads/desk.jpg"},
 }
+
+ACCEPTED: dict[str, Any] = {"task_id": _TASK, "status": "processing"}
 
 ERROR: dict[str, Any] = {
     "success": False,

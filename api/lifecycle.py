@@ -23,8 +23,10 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 _VARIABLE = "S3_LIFECYCLE_DIR"  # ours alone: from the supervisor to its processes
 _POLL_S = 0.05
@@ -91,6 +93,30 @@ def outlive_callers(deadline_s: float) -> None:
     def on_sigterm(signum: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, stop)  # who asks twice means it
         threading.Thread(target=wait_then_stop, name="outlive-callers", daemon=True).start()
+
+    signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def drain_before_stop(drain: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """In a web worker, on its event loop: let SIGTERM wait until `drain` is through; it is answered until then.
+
+    Args:
+        drain: Turns new work away and lets what runs end, in bounded time.
+    """
+    loop, stop = asyncio.get_running_loop(), signal.getsignal(signal.SIGTERM)
+    if not callable(stop):
+        return
+    draining: list[asyncio.Task[None]] = []  # the event loop itself holds tasks only weakly
+
+    async def drain_then_stop() -> None:
+        try:
+            await drain()
+        finally:
+            stop(signal.SIGTERM, None)
+
+    def on_sigterm(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, stop)  # who asks twice means it
+        loop.call_soon_threadsafe(lambda: draining.append(loop.create_task(drain_then_stop())))
 
     signal.signal(signal.SIGTERM, on_sigterm)
 

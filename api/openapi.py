@@ -10,15 +10,15 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from api import examples
-from api.errors import FAULTS
+from api.errors import FAULT_OF_CODE
 from api.requests import REQUEST_ID_HEADER
 from api.routes import ANY_PATH_ERRORS, RouteSpec
-from api.schemas import ErrorResponse
+from api.schemas import AcceptedResponse, ErrorResponse
 
 _REF = "#/components/schemas/{model}"
 _VERSION = "1.0.0"
 
-STATUS_OF_CODE: dict[str, int] = {fault.code: fault.status for fault in FAULTS.values()}
+STATUS_OF_CODE: dict[str, int] = {code: fault.status for code, fault in FAULT_OF_CODE.items()}
 
 
 def openapi_document(specs: Sequence[RouteSpec]) -> dict[str, Any]:
@@ -48,6 +48,8 @@ def _schemas(specs: Iterable[RouteSpec]) -> dict[str, Any]:
             wanted.append((spec.request, "validation"))
         if spec.response is not None:
             wanted.append((spec.response, "serialization"))
+        if spec.may_accept:
+            wanted.append((AcceptedResponse, "serialization"))
     _, document = models_json_schema(wanted, ref_template=_REF)
     schemas: dict[str, Any] = document["$defs"]
     return schemas
@@ -59,7 +61,7 @@ def _operation(spec: RouteSpec) -> dict[str, Any]:
         "summary": spec.summary,
         "security": [{"ApiKey": []}] if spec.needs_key else [],
         "parameters": _parameters(spec),
-        "responses": {"200": _success(spec)} | _errors(spec),
+        "responses": {"200": _success(spec)} | _accepted(spec) | _errors(spec),
     }
     if spec.request is not None:
         content = {"schema": {"$ref": _REF.format(model=spec.request.__name__)}}
@@ -79,6 +81,18 @@ def _parameters(spec: RouteSpec) -> list[dict[str, Any]]:
     parameters: list[dict[str, Any]] = [
         {"name": REQUEST_ID_HEADER, "in": "header", "required": False, "schema": id_schema}
     ]
+    if spec.may_accept:
+        prefer = {
+            "name": "Prefer",
+            "in": "header",
+            "required": False,
+            "schema": {"type": "string"},
+            "description": "`respond-async` (RFC 7240): answer 202 once the task is accepted, and work on.",
+        }
+        parameters.append(prefer)
+    if "{task_id}" in spec.path:
+        task_id = {"name": "task_id", "in": "path", "required": True, "schema": {"type": "string"}}
+        parameters.append(task_id)
     if "{key}" in spec.path:
         description = "May contain slashes, as `uploads/desk.jpg`."
         key = {
@@ -105,6 +119,21 @@ def _success(spec: RouteSpec) -> dict[str, Any]:
             media_type: {"schema": {"type": "string"}} for media_type in spec.response_types
         }
     return response
+
+
+def _accepted(spec: RouteSpec) -> dict[str, Any]:
+    if not spec.may_accept:
+        return {}
+    schema = {"$ref": _REF.format(model=AcceptedResponse.__name__)}
+    location = {"schema": {"type": "string"}, "description": "Where the task can be asked for."}
+    applied = {"schema": {"type": "string"}, "description": "`respond-async`"}
+    return {
+        "202": {
+            "description": "Accepted",
+            "headers": {**_headers(), "Location": location, "Preference-Applied": applied},
+            "content": {"application/json": {"schema": schema, "example": examples.ACCEPTED}},
+        }
+    }
 
 
 def _errors(spec: RouteSpec) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from api.errors import ModelNotReady
-from api.runner_link import RunnerClient, RunnerLost
+from api.runner_link import RunnerAway, RunnerClient, RunnerLost
 from sam3_runner.types import ModelInfo, SegmentItem, SegmentResult
 
 logger = logging.getLogger("api")
@@ -29,6 +29,7 @@ class RunnerWatch:
         self._ask = ask
         self._model: ModelInfo | None = None
         self._lost = asyncio.Event()
+        self._found = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -49,7 +50,14 @@ class RunnerWatch:
     def lose(self) -> None:
         """Say that a call to the runner broke off: it is not ready until it answers again."""
         self._model = None
+        self._found.clear()
         self._lost.set()
+
+    async def pause(self, seconds: float) -> None:
+        """Wait, but no longer than until the runner is ready."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._found.wait()
 
     def start(self) -> None:
         """Begin to ask. Needs a running event loop."""
@@ -69,6 +77,10 @@ class RunnerWatch:
             if (found is None) != (self._model is None):
                 logger.info("the model is %s", "ready" if found else "not ready")
             self._model = found if not self._lost.is_set() else None
+            if self._model is None:
+                self._found.clear()
+            else:
+                self._found.set()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_AGAIN_S if self._model else ASK_AGAIN_S):
                     await self._lost.wait()
@@ -98,14 +110,17 @@ class WatchedRunner:
         """See `tasks.pipeline.Runner`.
 
         Raises:
-            ModelNotReady: the process went away.
+            ModelNotReady: the process is not there; it never saw the item.
+            RunnerLost: the process died with the item in it.
             RunnerTimedOut: it did not answer in time.
         """
         try:
             return await self._client.segment(item)
         except RunnerLost as error:
             self._watch.lose()
-            raise ModelNotReady() from error
+            if isinstance(error, RunnerAway):
+                raise ModelNotReady() from error
+            raise
 
     async def info(self) -> ModelInfo:
         """What is loaded, as last heard."""

@@ -34,6 +34,9 @@ _SEGMENTING = (
     "MODEL_NOT_READY",
     "DEVICE_OUT_OF_MEMORY",
     "TIMED_OUT",
+    "TASK_GAVE_UP",
+    "JOURNAL_UNAVAILABLE",
+    "SHUTTING_DOWN",
 )
 _STORAGE = ("STORAGE_UNAVAILABLE", "STORAGE_TIMEOUT")
 
@@ -55,6 +58,7 @@ class RouteSpec:
         request: Schema of the JSON body, if it takes one.
         response: Schema of the JSON body of 200, if it gives one.
         response_types: Media types of 200 otherwise.
+        may_accept: May answer 202 instead, to `Prefer: respond-async`.
         is_local_only: Exists only while objects live in a local directory.
         takes_file: The body is the bytes of a file.
     """
@@ -68,6 +72,7 @@ class RouteSpec:
     request: type[BaseModel] | None = None
     response: type[BaseModel] | None = None
     response_types: tuple[str, ...] = ("application/json",)
+    may_accept: bool = False
     is_local_only: bool = False
     takes_file: bool = False
 
@@ -94,6 +99,7 @@ ROUTES: tuple[RouteSpec, ...] = (
         errors=_SEGMENTING,
         request=schemas.PredictRequest,
         response=schemas.PredictResponse,
+        may_accept=True,
     ),
     RouteSpec(
         "POST",
@@ -104,6 +110,16 @@ ROUTES: tuple[RouteSpec, ...] = (
         errors=_SEGMENTING,
         request=schemas.BatchRequest,
         response=schemas.BatchResponse,
+        may_accept=True,
+    ),
+    RouteSpec(
+        "GET",
+        "/api/v1/tasks/{task_id}",
+        "task",
+        "How an accepted task stands, and its result",
+        needs_key=True,
+        errors=(*_GUARDED, "TASK_NOT_FOUND", "JOURNAL_UNAVAILABLE"),
+        response=schemas.TaskResponse,
     ),
     RouteSpec(
         "GET",
@@ -138,6 +154,7 @@ ROUTES: tuple[RouteSpec, ...] = (
             "UNSUPPORTED_IMAGE",
             "UNDECODABLE_IMAGE",
             "VALIDATION_FAILED",
+            "SHUTTING_DOWN",
         ),
         response=schemas.FileResponse,
         is_local_only=True,

@@ -46,6 +46,10 @@ class RunnerLost(RunnerError):
     """The runner's process is not there, or went away: the work is lost, a later call may succeed."""
 
 
+class RunnerAway(RunnerLost):
+    """The runner's process cannot be reached: nothing was sent."""
+
+
 class RunnerTimedOut(RunnerError):
     """The runner did not answer in time."""
 
@@ -203,7 +207,8 @@ class RunnerClient:
         """Segment one image; what is wrong with this item alone comes back as `error`.
 
         Raises:
-            RunnerLost: the process is not there, or died with this item in it.
+            RunnerAway: the process is not there; it never saw this item.
+            RunnerLost: it died with this item in it.
             RunnerTimedOut: no answer within `timeout_s`.
             InferenceFailed: it answered, but not with results.
         """
@@ -293,10 +298,12 @@ class RunnerClient:
                 answer = await response.read()
         except TimeoutError as error:
             raise RunnerTimedOut(f"the runner did not answer within {self._timeout_s:g} s") from error
+        except aiohttp.ClientConnectorError as error:
+            raise RunnerAway(f"the runner is not there ({type(error).__name__})") from error
         except (aiohttp.ClientError, OSError) as error:
             raise RunnerLost(f"the runner went away ({type(error).__name__})") from error
         if response.status in (429, 503):
-            raise RunnerLost(f"the runner takes no more work: status {response.status}")
+            raise RunnerAway(f"the runner takes no more work: status {response.status}")
         if response.status == 504:
             raise RunnerTimedOut("the runner gave up: its own time limit")
         if response.status != 200:

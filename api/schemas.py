@@ -158,6 +158,36 @@ class BatchResponse(_Response):
     mask_url: Annotated[str, Field(description="Union over all prompts; also what the row gets.")]
 
 
+class AcceptedResponse(_Response):
+    """The task is on disk and will be carried through, whatever happens."""
+
+    task_id: str
+    status: Literal["processing"]
+
+
+class TaskError(_Response):
+    """Why a task failed; its row says the same."""
+
+    code: str
+    message: str
+
+
+class TaskResponse(_Response):
+    """How an accepted task stands."""
+
+    task_id: str
+    status: Literal["processing", "done", "error"]
+    stage: Annotated[str, Field(description="The step that it has come to.")]
+    attempts: Annotated[int, Field(ge=0, description="How often it was begun.")]
+    accepted_at: Annotated[str, Field(description="ISO 8601, UTC.")]
+    updated_at: Annotated[str, Field(description="ISO 8601, UTC.")]
+    result: Annotated[
+        PredictResponse | BatchResponse | None,
+        Field(description="Once it is done: what predict, or predict/batch, answers."),
+    ] = None
+    error: Annotated[TaskError | None, Field(description="Once it failed.")] = None
+
+
 class ModelInfoResponse(_Response):
     """What is loaded, counted from the loaded model itself."""
 
@@ -175,6 +205,29 @@ class ModelInfoResponse(_Response):
     max_batch_size: int
 
 
+class DependencyHealth(_Response):
+    """Whether a service that this one needs can be used."""
+
+    status: Literal["ok", "down"]
+    since: Annotated[str | None, Field(description="When it began to fail, as ISO 8601; null while ok.")]
+    reason: Annotated[str | None, Field(description="Code of its last failure; null while ok.")]
+
+
+class JournalHealth(_Response):
+    """The record of accepted tasks."""
+
+    status: Literal["ok", "down"]
+    waiting: Annotated[int, Field(ge=0, description="Accepted tasks of this host that are not finished.")]
+
+
+class Dependencies(_Response):
+    """What the service needs."""
+
+    storage: DependencyHealth
+    tasks: DependencyHealth
+    journal: JournalHealth
+
+
 class HealthResponse(_Response):
     """The process is up, and this is what it has."""
 
@@ -183,6 +236,7 @@ class HealthResponse(_Response):
     status: Literal["ok"]
     model_loaded: bool
     gpu_available: bool
+    dependencies: Dependencies
 
 
 class FileResponse(_Response):

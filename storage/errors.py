@@ -37,7 +37,13 @@ class ObjectTooLarge(StorageError):
 
 
 class StorageUnavailable(StorageError):
-    """The store could not be reached or was overloaded, retries included. Later may be better."""
+    """The store could not be reached or was overloaded, retries included. Later may be better.
+
+    Attributes:
+        retry_after_s: How long the store asked to be left alone, if it did.
+    """
+
+    retry_after_s: float | None = None
 
 
 class StorageRefused(StorageError):

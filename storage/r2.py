@@ -12,7 +12,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
@@ -39,6 +39,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _CHUNK_BYTES = 256 * 1024
+_MAX_TOLD_PAUSE_S = 2.0  # a thread waits no longer because of a `Retry-After`
 _FIRST_BODY_PAUSE_S = 0.05  # before a body that broke off is asked for again; doubles each time
 
 # What each error of the libraries below means. The nearest base class in this table decides, so an error that
@@ -71,7 +72,11 @@ class R2Store:
     """An `ObjectStore` in one bucket of R2.
 
     Answers of 429 and 5xx and network errors are retried by botocore's standard mode: jittered backoff, and
-    a quota that stops retries while most of them fail. A body that breaks off is asked for again.
+    a quota that stops retries while most of them fail. A body that breaks off is asked for again. A short
+    `Retry-After` is waited for; a long one ends the retries, and is on the error.
+
+    Retries here are for what passes in a moment. Whoever can wait for longer tries the whole call again: no
+    call takes longer than `deadline_s`, and its thread is free after `max_attempts` read timeouts.
     """
 
     def __init__(
@@ -83,9 +88,9 @@ class R2Store:
         *,
         public_url: str | None = None,
         connect_timeout_s: float = 3.0,
-        read_timeout_s: float = 10.0,
-        deadline_s: float = 30.0,
-        max_attempts: int = 4,
+        read_timeout_s: float = 5.0,
+        deadline_s: float = 15.0,
+        max_attempts: int = 3,
         pool_size: int = 16,
     ) -> None:
         """Prepare a client. No connection is made yet; profiles, keys and endpoints of AWS tools have no say.
@@ -122,6 +127,7 @@ class R2Store:
             max_pool_connections=pool_size,
         )
         self._client = _make_client(endpoint_url.text, access_key_id, secret_access_key, config)
+        self._client.meta.events.register_first("needs-retry.s3", self._wait_as_told)
 
     async def get(self, key: str, max_bytes: int) -> bytes:
         """See `ObjectStore.get`."""
@@ -161,6 +167,19 @@ class R2Store:
                 return await future
         except TimeoutError as error:
             raise StorageTimeout(f"the object store gave no answer within {self._deadline_s:g} s") from error
+
+    def _wait_as_told(self, response: Any, attempts: int, **_: Any) -> float | bool | None:
+        """Read the `Retry-After` of an answer, which botocore does not.
+
+        Returns:
+            Seconds until the next try, False for none, or None to leave it to botocore.
+        """
+        if response is None or attempts >= self._max_attempts:
+            return None
+        told_s = _retry_after_s(response[1])
+        if told_s is None:
+            return None
+        return told_s * random.uniform(1.0, 1.25) if told_s <= _MAX_TOLD_PAUSE_S else False
 
     def _get(self, key: str, max_bytes: int) -> bytes:
         give_up_at = time.monotonic() + self._deadline_s
@@ -301,5 +320,15 @@ def _answered(error: botocore.exceptions.ClientError, key: str) -> StorageError:
     if status == 408 or code == "RequestTimeout":
         return StorageTimeout(said)
     if status == 429 or status >= 500:
-        return StorageUnavailable(said)
+        unavailable = StorageUnavailable(said)
+        unavailable.retry_after_s = _retry_after_s(error.response)
+        return unavailable
     return StorageRefused(said)
+
+
+def _retry_after_s(answer: Mapping[str, Any]) -> float | None:
+    """Seconds from the `Retry-After` of a 429 or 5xx; None if there is none, or it is not a number."""
+    metadata = answer.get("ResponseMetadata", {})
+    told = str(metadata.get("HTTPHeaders", {}).get("retry-after", ""))
+    is_to_wait = metadata.get("HTTPStatusCode", 0) in (429, 500, 502, 503, 504)
+    return float(told) if is_to_wait and re.fullmatch("[0-9]{1,6}", told) else None

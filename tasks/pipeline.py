@@ -1,10 +1,12 @@
-"""One task from image to mask to row.
+"""The steps of one task, from image to mask to row.
 
     row → processing ─┐
-                      ├─▶ segment ─▶ encode + upload, masks side by side ─▶ row → done
-    download ─ decode ┘
+                      ├─▶ segment ─▶│─▶ encode + upload, masks side by side ─▶ row → done
+    download ─ decode ┘             │
+                 compute            │                deliver
 
-Whatever fails, times out or is given up leaves an `error` row behind, and then the first error is raised.
+Between the two halves the result is complete: whoever keeps it need never compute it again. Who keeps it, tries steps
+again and tells the row of a failure is `tasks.executor`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,8 +36,6 @@ from sam3_runner.types import (
     TextPrompt,
 )
 from storage import ObjectStore
-from tasks.errors import TaskConflict, TaskNotFound
-from tasks.failures import ErrorRows
 from tasks.keys import prompt_mask_key, union_mask_key
 from tasks.store import TaskInputs, TaskResult, TaskStore
 
@@ -44,6 +44,8 @@ T = TypeVar("T")
 STAGES: Final = ("download", "decode", "queue", "infer", "encode", "upload", "row_update")
 # Supabase Realtime sends rows of at most 1 MB: this many instances of some 100 bytes stay far below it.
 MAX_INSTANCES_IN_ROW: Final = 200
+# Longer than the rows' own retries take: an update that outlives it will hardly arrive any more.
+ROW_WRITE_WAIT_S: Final = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,25 @@ class Job:
     def __post_init__(self) -> None:
         if not self.prompts or (len(self.prompts) > 1 and not self.is_batch):
             raise ValueError(f"{len(self.prompts)} prompts in a job with is_batch={self.is_batch}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Computed:
+    """What the model found for one job: all that is needed to deliver it.
+
+    Attributes:
+        image_size_hw: Of the upright image.
+        segmentations: One per prompt of the job, in order.
+        model: What segmented it.
+        batch_size: How many requests shared the model's batch.
+        stage_ms: Milliseconds for each of `STAGES` so far.
+    """
+
+    image_size_hw: tuple[int, int]
+    segmentations: tuple[Segmentation, ...]
+    model: ModelInfo
+    batch_size: int
+    stage_ms: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -153,8 +174,21 @@ class ImageKeys(Protocol):
         ...
 
 
+class Attempt(Protocol):
+    """How a step is carried out: announced, and tried again if what it needs is away."""
+
+    async def __call__(self, step: str, call: Callable[[], Awaitable[T]]) -> T:
+        """What the call gives; raises what it raises, once trying again is of no use."""
+        ...
+
+
+async def once(step: str, call: Callable[[], Awaitable[T]]) -> T:
+    """The simplest `Attempt`."""
+    return await call()
+
+
 class Pipeline:
-    """Runs jobs; holds no state of any of them.
+    """Does the steps of tasks; holds no state of any of them.
 
     Args:
         store: Images are read from it, masks are written to it.
@@ -162,11 +196,7 @@ class Pipeline:
         runner: The model.
         urls: Tells keys from image URLs.
         limits: Of image files.
-        code_of: Code and message, as callers see them, of any exception.
         codec_pool: Threads that decode images and encode masks. Not shut down here.
-        timeout_s: For a whole job, without the writing of the error row; None for none.
-        fail_deadline_s: For writing the error row, before the error is raised.
-        fail_patience_s: For writing it in the background, if the store of the rows is what failed.
         max_uploads: Masks of one job that are uploaded side by side.
     """
 
@@ -178,11 +208,7 @@ class Pipeline:
         urls: ImageKeys,
         limits: ImageLimits,
         *,
-        code_of: Callable[[BaseException], tuple[str, str]],
         codec_pool: Executor,
-        timeout_s: float | None = None,
-        fail_deadline_s: float = 5.0,
-        fail_patience_s: float = 600.0,
         max_uploads: int = 8,
     ) -> None:
         self._store = store
@@ -190,80 +216,92 @@ class Pipeline:
         self._runner = runner
         self._urls = urls
         self._limits = limits
-        self._code_of = code_of
         self._codec_pool = codec_pool
-        self._timeout_s = timeout_s
-        self._fail_deadline_s = fail_deadline_s
         self._max_uploads = max_uploads
         self._model: ModelInfo | None = None
-        self._error_rows = ErrorRows(tasks, deadline_s=fail_deadline_s, patience_s=fail_patience_s)
 
-    async def run(self, job: Job) -> JobOutcome:
-        """Does one job, whole.
-
-        Returns:
-            What was found; masks are uploaded and the row is `done`.
+    def inputs_of(self, job: Job) -> TaskInputs:
+        """What the job's row knows it by.
 
         Raises:
-            InvalidTaskId, TaskNotFound, TaskConflict: nothing was computed, and no row was touched.
-            TaskError, StorageError, RunnerError, TimeoutError: the row is `error`, if it could be reached.
-                The stage times known so far are on the error as `stage_ms`.
+            InvalidTaskId: the id cannot be part of a key.
+            ForeignUrl: the image is not in our storage.
         """
-        mask_key = union_mask_key(job.task_id)
-        work = _Work(job)
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                return await self._work(work, mask_key)
-        except (TaskNotFound, TaskConflict) as error:  # the row is not there, or another request's
-            error.__dict__["stage_ms"] = work.clock.stage_ms
-            raise
-        except (Exception, asyncio.CancelledError) as error:  # the row must not stay `processing`
-            error.__dict__["stage_ms"] = work.clock.stage_ms
-            code, message = self._code_of(error)
-            await self._error_rows.write(work.inputs, code, message, after=work.row_write)
-            raise
+        union_mask_key(job.task_id)
+        return inputs_of(job, self._urls.key_of(job.image_url))
 
-    async def aclose(self) -> None:
-        """Waits for error rows that are still to be written, for a few seconds. Closes none of the parts."""
-        await self._error_rows.aclose()
+    async def compute(self, work: Work, attempt: Attempt = once) -> Computed:
+        """Claims the row, loads the image and segments it.
 
-    async def _work(self, work: _Work, mask_key: str) -> JobOutcome:
-        work.inputs = _inputs(work.job, self._urls.key_of(work.job.image_url))
-        image, model = await self._claim_and_load(work)
-        result = await self._segment(work, image)
-        prompts = await self._save_masks(work, image.size_hw, result.segmentations, mask_key)
-        outcome = JobOutcome(
-            image_size_hw=image.size_hw,
-            prompts=prompts,
-            mask_key=mask_key,
-            mask_url=self._store.public_url(mask_key),
-            stage_ms=work.clock.stage_ms,
-            model=model,
-            batch_size=result.batch_size,
+        Raises:
+            TaskNotFound, TaskConflict: nothing was computed, and no row was touched.
+            TaskError, StorageError, RunnerError: as the steps do.
+        """
+        image, model = await self._claim_and_load(work, attempt)
+        result = await attempt("segment", lambda: self._segment(work, image))
+        return Computed(
+            image.size_hw, result.segmentations, model, result.batch_size, dict(work.clock.stage_ms)
         )
-        finishing = work.write_row(lambda: self._tasks.finish(work.inputs, _row_result(outcome)))
-        await asyncio.shield(finishing)  # all else is done: whoever gives up now must not undo it
+
+    async def deliver(self, work: Work, computed: Computed, attempt: Attempt = once) -> JobOutcome:
+        """Uploads the masks and makes the row `done`.
+
+        Raises:
+            TaskNotFound, TaskConflict: the row is gone, or has been taken over.
+            TaskError, StorageError: as the steps do.
+        """
+        await attempt("upload", lambda: self._save_masks(work, computed))
+        outcome = self.outcome(work.job, computed, work.clock.stage_ms)
+        result = _row_result(outcome)
+        await attempt("finish", lambda: work.write_row(self._tasks.finish(work.inputs, result)))
         return outcome
 
-    async def _claim_and_load(self, work: _Work) -> tuple[ModelImage, ModelInfo]:
+    async def tell_failure(self, work: Work, code: str, message: str, attempt: Attempt = once) -> None:
+        """Makes the row `error`, after an update of it that may still be under way: that could overtake ours."""
+        await work.end_row_write()
+        await attempt("fail", lambda: self._tasks.fail(work.inputs, code, message))
+
+    def outcome(self, job: Job, computed: Computed, stage_ms: dict[str, float]) -> JobOutcome:
+        """What a job came to, given what was computed."""
+        mask_key, keys = union_mask_key(job.task_id), _prompt_keys(job)
+        return JobOutcome(
+            image_size_hw=computed.image_size_hw,
+            prompts=tuple(
+                PromptOutcome(prompt, key, self._store.public_url(key), found)
+                for prompt, key, found in zip(job.prompts, keys, computed.segmentations, strict=True)
+            ),
+            mask_key=mask_key,
+            mask_url=self._store.public_url(mask_key),
+            stage_ms=stage_ms,
+            model=computed.model,
+            batch_size=computed.batch_size,
+        )
+
+    async def _claim_and_load(self, work: Work, attempt: Attempt) -> tuple[ModelImage, ModelInfo]:
         """The row to `processing` beside the download; what the row says comes first, if both fail."""
-        claim = work.write_row(lambda: self._tasks.start(work.inputs))
-        load = asyncio.create_task(self._load(work))
+        claim = asyncio.create_task(attempt("claim", lambda: work.write_row(self._tasks.start(work.inputs))))
+        load = asyncio.create_task(self._load(work, attempt))
         try:
-            await asyncio.shield(claim)
+            await claim
             return await load
         except BaseException:
+            claim.cancel()
             load.cancel()
-            await asyncio.gather(load, return_exceptions=True)
+            await asyncio.gather(claim, load, return_exceptions=True)
             raise
 
-    async def _load(self, work: _Work) -> tuple[ModelImage, ModelInfo]:
-        data, model = await _together(self._download(work), self._model_info())
+    async def _load(self, work: Work, attempt: Attempt) -> tuple[ModelImage, ModelInfo]:
+        data, model = await _together(
+            attempt("download", lambda: self._download(work)), attempt("model", self._model_info)
+        )
         with work.clock.timed("decode"):
-            image = await self._in_pool(open_for_model, data, model.input_size_px, self._limits)
+            image = await attempt(
+                "decode",
+                lambda: self._in_pool(open_for_model, data, model.input_size_px, self._limits),
+            )
         return image, model
 
-    async def _download(self, work: _Work) -> bytes:
+    async def _download(self, work: Work) -> bytes:
         with work.clock.timed("download"):
             return await self._store.get(work.inputs.image_key, self._limits.max_bytes)
 
@@ -272,7 +310,7 @@ class Pipeline:
             self._model = await self._runner.info()
         return self._model
 
-    async def _segment(self, work: _Work, image: ModelImage) -> SegmentResult:
+    async def _segment(self, work: Work, image: ModelImage) -> SegmentResult:
         prompts = tuple(TextPrompt(text) for text in work.job.prompts)
         item = SegmentItem(
             image.pixels, image.size_hw, prompts, work.job.score_threshold, key=image.content_hash
@@ -280,37 +318,29 @@ class Pipeline:
         began = time.perf_counter()
         result = await self._runner.segment(item)
         call_ms = (time.perf_counter() - began) * 1000
-        work.clock.add("infer", result.infer_ms)
-        work.clock.add("queue", max(0.0, call_ms - result.infer_ms))
         if result.error is not None:
             raise runner_error(result.error)
         if len(result.segmentations) != len(prompts):
             raise runner_errors.InferenceFailed(
                 f"the runner answered {len(result.segmentations)} of {len(prompts)} prompts"
             )
+        work.clock.add("infer", result.infer_ms)
+        work.clock.add("queue", max(0.0, call_ms - result.infer_ms))
         return result
 
-    async def _save_masks(
-        self, work: _Work, size_hw: tuple[int, int], segmentations: Sequence[Segmentation], mask_key: str
-    ) -> tuple[PromptOutcome, ...]:
+    async def _save_masks(self, work: Work, computed: Computed) -> None:
         """Encodes and uploads masks side by side: that of the task and, in a batch, those of the prompts."""
-        job = work.job
-        keys = [
-            prompt_mask_key(job.task_id, i) if job.is_batch else mask_key for i in range(len(job.prompts))
-        ]
-        masks_of = {mask_key: [mask for segmentation in segmentations for mask in segmentation.masks]}
-        masks_of |= {key: list(found.masks) for key, found in zip(keys, segmentations, strict=True)}
+        found = computed.segmentations
+        masks_of = {union_mask_key(work.job.task_id): [mask for one in found for mask in one.masks]}
+        masks_of |= {key: list(one.masks) for key, one in zip(_prompt_keys(work.job), found, strict=True)}
         places = asyncio.Semaphore(self._max_uploads)
+        size_hw = computed.image_size_hw
         saves = [self._save_mask(work, key, masks, size_hw, places) for key, masks in masks_of.items()]
         await _together(*saves)
-        return tuple(
-            PromptOutcome(prompt, key, self._store.public_url(key), found)
-            for prompt, key, found in zip(job.prompts, keys, segmentations, strict=True)
-        )
 
     async def _save_mask(
         self,
-        work: _Work,
+        work: Work,
         key: str,
         masks: list[RunLengthMask],
         size_hw: tuple[int, int],
@@ -326,34 +356,47 @@ class Pipeline:
         return await asyncio.get_running_loop().run_in_executor(self._codec_pool, call, *arguments)
 
 
-class _Work:
-    """What changes while one job runs: its row writes and its clock."""
+class Work:
+    """What changes while one job runs: the write of its row that is under way, and its clock.
 
-    def __init__(self, job: Job) -> None:
+    Args:
+        job: What was asked for.
+        inputs: What its row knows it by.
+    """
+
+    def __init__(self, job: Job, inputs: TaskInputs) -> None:
         self.job = job
-        self.inputs = _inputs(job)
-        self.clock = _Clock()
-        self.row_write: asyncio.Task[None] | None = None
+        self.inputs = inputs
+        self.clock = Clock()
+        self._row_write: asyncio.Task[None] | None = None
 
-    def write_row(self, write: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
-        """Starts an update of the row that goes on when its waiter is cancelled."""
+    async def write_row(self, write: Coroutine[Any, Any, None]) -> None:
+        """An update of the row, which goes on when its waiter is cancelled."""
 
         async def timed() -> None:
             with self.clock.timed("row_update"):
-                await write()
+                await write
 
-        self.row_write = asyncio.create_task(timed())
-        return self.row_write
+        self._row_write = asyncio.create_task(timed())
+        await asyncio.shield(self._row_write)
+
+    async def end_row_write(self) -> None:
+        """Waits for an update that nobody waits for any more; one that takes too long is cancelled."""
+        if self._row_write is not None:
+            await asyncio.wait({self._row_write}, timeout=ROW_WRITE_WAIT_S)
+            self._row_write.cancel()
+            await asyncio.gather(self._row_write, return_exceptions=True)
 
 
 @dataclass(slots=True)
-class _Clock:
+class Clock:
     """Milliseconds per stage of one job."""
 
     stage_ms: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     first_begin_s: dict[str, float] = field(default_factory=dict)
 
     def add(self, stage: str, elapsed_ms: float) -> None:
+        """Add time to a stage."""
         self.stage_ms[stage] += elapsed_ms
 
     @contextmanager
@@ -391,7 +434,8 @@ def _plain(name: str) -> str:
     return re.sub("[^a-z]", "", name.lower())
 
 
-def _inputs(job: Job, image_key: str = "") -> TaskInputs:
+def inputs_of(job: Job, image_key: str = "") -> TaskInputs:
+    """The job's inputs; without a key, those of a job whose image is not ours."""
     return TaskInputs(
         task_id=job.task_id,
         user_id=job.user_id,
@@ -401,6 +445,13 @@ def _inputs(job: Job, image_key: str = "") -> TaskInputs:
         score_threshold=job.score_threshold,
         request_id=job.request_id,
     )
+
+
+def _prompt_keys(job: Job) -> list[str]:
+    """The key of each prompt's mask; that of the task where there is but one."""
+    if not job.is_batch:
+        return [union_mask_key(job.task_id)]
+    return [prompt_mask_key(job.task_id, index) for index in range(len(job.prompts))]
 
 
 def _encode_union(masks: Sequence[RunLengthMask], size_hw: tuple[int, int]) -> tuple[bytes, float]:

@@ -217,8 +217,9 @@ class SupabaseTasks:
             else:
                 if reply.status_code not in RETRIED_STATUSES:
                     return reply
-                failure = self._refusal(reply, _error_code(reply))
                 retry_after_s = retry_after_seconds(reply.headers.get("Retry-After"))
+                failure = self._refusal(reply, _error_code(reply))
+                failure.retry_after_s = retry_after_s
             pause_s = self._retry.pause_s(attempt, retry_after_s)
             time_left_s = ends_at - asyncio.get_running_loop().time()
             if attempt >= self._retry.attempts or pause_s >= time_left_s:

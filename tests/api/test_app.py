@@ -19,6 +19,7 @@ from starlette.middleware.exceptions import ExceptionMiddleware
 
 from api.access import KeyCheck
 from api.app import create_app
+from api.errors import code_of
 from api.limits import InFlight
 from api.metrics import RequestMetrics
 from api.middleware import EnvelopeMiddleware
@@ -28,9 +29,14 @@ from sam3_runner.checkpoint import DEMO_CHECKPOINT
 from sam3_runner.images import ImageLimits
 from sam3_runner.masks import encode_png
 from sam3_runner.text import PromptChecker
+from sam3_runner.types import ModelInfo, SegmentItem, SegmentResult
+from storage import ImageUrls
 from storage.local import LocalStore
 from tasks.errors import TaskStoreUnavailable
+from tasks.executor import RetryRules, TaskExecutor
+from tasks.journal import Journal
 from tasks.local import LocalTasks
+from tasks.pipeline import Pipeline
 from tasks.store import TaskInputs, TaskRow
 from tests.api.contract import read_contract
 
@@ -67,29 +73,50 @@ async def nothing_is_loaded() -> Any:
     raise ConnectionError
 
 
+class NoRunner:
+    """A model that is not there."""
+
+    async def segment(self, item: SegmentItem) -> SegmentResult:
+        raise ConnectionError
+
+    async def info(self) -> ModelInfo:
+        raise ConnectionError
+
+
+async def pause(error: BaseException, seconds: float) -> None:
+    await asyncio.sleep(seconds)
+
+
 @pytest.fixture
 async def face(tmp_path: Path) -> AsyncIterator[Face]:
     store, tasks = LocalStore(tmp_path / "files", "http://test"), Flaky(tmp_path / "tasks.sqlite3")
     app = create_app(is_local=True)
+    watch, journal = RunnerWatch(nothing_is_loaded), Journal(tmp_path / "journal")
     with ThreadPoolExecutor(1) as pool:
+        urls = ImageUrls.for_local("http://test")
+        pipeline = Pipeline(store, tasks, NoRunner(), urls, LIMITS, codec_pool=pool)
+        rules = RetryRules((), (), pause, first_pause_s=0.02, max_pause_s=0.1)
+        metrics = RequestMetrics()
+        executor = TaskExecutor(journal, pipeline, rules, code_of=code_of, observer=metrics.tasks)
         app.state.backend = SimpleNamespace(
             key_check=KeyCheck(None),
-            metrics=RequestMetrics(),
+            metrics=metrics,
             in_flight=InFlight(2),
             limits=LIMITS,
             codec_pool=pool,
             prompts=PromptChecker.from_checkpoint(DEMO_CHECKPOINT),
             store=store,
             tasks=tasks,
-            watch=RunnerWatch(nothing_is_loaded),
+            watch=watch,
+            executor=executor,
+            require_room=executor.require_room,
         )
         below = ExceptionMiddleware(app)  # as BentoML's: answers 404 and 405 in plain text
         transport = httpx.ASGITransport(app=EnvelopeMiddleware(below, app.state), client=("127.0.0.1", 1))
-        async with (
-            app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=transport, base_url="http://test") as client,
-        ):
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             yield Face(client, store, tasks)
+        await executor.aclose()
+        await journal.aclose()
         await tasks.aclose()
         await store.aclose()
 
@@ -133,7 +160,10 @@ async def test_refused_prompts_leave_a_row_with_other_inputs_alone(face: Face) -
     assert (await face.row("t-1")).status == "processing"
 
 
-async def test_the_row_of_refused_prompts_is_written_later_if_it_cannot_be_now(face: Face) -> None:
+async def test_the_row_of_refused_prompts_is_written_later_if_it_cannot_be_now(
+    face: Face, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.executor.TELL_WAIT_S", 0.05)
     face.tasks.is_down = True
     assert (await face.client.post(PREDICT, json=ask(" "))).status_code == 422
     assert await face.tasks.get("t-1") is None

@@ -12,7 +12,7 @@ from aiohttp import web
 
 from api.backend import make_backend
 from api.config import Settings
-from api.runner_link import BatchGate, RunnerClient, RunnerLost, RunnerTimedOut
+from api.runner_link import BatchGate, RunnerAway, RunnerClient, RunnerLost, RunnerTimedOut
 from sam3_runner.errors import InferenceFailed, RunnerError
 from sam3_runner.types import ItemError, SegmentItem, SegmentResult, TextPrompt
 from sam3_runner.wire import WireError, decode_items, encode_results
@@ -111,8 +111,8 @@ async def test_an_item_of_megabytes_arrives_whole(client: RunnerClient) -> None:
     "wish, expected",
     [
         ("hang up", RunnerLost),
-        ("503", RunnerLost),
-        ("429", RunnerLost),
+        ("503", RunnerAway),
+        ("429", RunnerAway),
         ("504", RunnerTimedOut),
         ("500", InferenceFailed),
         ("404", InferenceFailed),

@@ -23,7 +23,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from PIL import Image, ImageDraw
 
-from tests.conftest import ROOT, Serve, Served
+from tests.conftest import ROOT, Serve, Served, wait_until
 from tests.servers.postgres import Postgres, running_postgres
 from tests.servers.postgrest import PostgrestStandIn, running_postgrest
 from tests.servers.s3 import S3Server, s3_server
@@ -179,6 +179,16 @@ class Remote:
             aws_secret_access_key=self.s3.secret_access_key,
         )
 
+    def dependency(self, name: str) -> dict[str, Any]:
+        """What `/health` says about one dependency."""
+        said: dict[str, Any] = self.service.client.get("/health").json()["dependencies"][name]
+        return said
+
+    def wait_recovered(self) -> None:
+        """Wait until the service has noticed that nothing is down any more."""
+        for name in ("storage", "tasks"):
+            wait_until(lambda name=name: self.dependency(name)["status"] == "ok", 60, f"{name} is back")
+
     def put(self, key: str, data: bytes) -> None:
         self.objects.put_object(Bucket=self.s3.bucket, Key=key, Body=data)
 
@@ -216,6 +226,7 @@ def remote(remote_parts: Remote) -> Remote:
     """With nothing broken by an earlier test."""
     remote_parts.supabase.reset()
     remote_parts.service.wait_ready()
+    remote_parts.wait_recovered()
     return remote_parts
 
 

@@ -7,6 +7,7 @@ import signal
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
@@ -139,8 +140,40 @@ def test_the_object_storage_dies_in_the_middle_and_the_next_request_works(
     assert (row["status"], row["metadata"]["error"]["code"]) == ("error", "STORAGE_UNAVAILABLE")
 
     remote.s3.start()
+    remote.wait_recovered()
     assert remote.service.client.post(PREDICT, json=body).status_code == 200
     assert row_of(remote, body)["status"] == "done"
+
+
+def test_an_outage_is_told_and_ends_without_traffic_while_the_service_stays_ready(
+    remote: Remote, checked: Check
+) -> None:
+    def metric() -> str:
+        text = remote.service.client.get("/metrics").text
+        return next(
+            line for line in text.splitlines() if line.startswith('s3_dependency_up{dependency="storage"')
+        )
+
+    assert metric().endswith(" 1.0")
+    remote.s3.kill()
+    try:
+        with posting(remote.service, PREDICT, ask(remote)) as (answer,):
+            wait_until(lambda: remote.dependency("storage")["status"] == "down", 60, "the outage is noticed")
+            response = remote.service.client.get("/health")
+            told = checked(remote.service, response, "/health")
+            assert (response.status_code, told["status"]) == (200, "ok")
+            assert told["dependencies"]["storage"]["reason"] == "STORAGE_UNAVAILABLE"
+            since = datetime.fromisoformat(told["dependencies"]["storage"]["since"])
+            assert timedelta() < datetime.now(UTC) - since < timedelta(minutes=2)
+            assert told["dependencies"]["tasks"] == {"status": "ok", "since": None, "reason": None}
+            assert remote.service.is_ready()
+            assert metric().endswith(" 0.0")
+            assert response.elapsed.total_seconds() < 1
+            answer.result()
+    finally:
+        remote.s3.start()
+    wait_until(lambda: remote.dependency("storage")["status"] == "ok", 60, "its end is noticed")
+    assert metric().endswith(" 1.0")
 
 
 def test_the_object_storage_hangs_and_the_next_request_works(remote: Remote, checked: Check) -> None:
