@@ -17,7 +17,7 @@ from tests.chaos.kept import Kept
 from tests.chaos.world import RowWatch, Task, World
 from tests.conftest import wait_until
 
-STEPS = ("claim", "download", "decode", "segment", "computed", "upload", "finish", "done")
+STEPS = ("claim", "download", "model", "decode", "segment", "store", "upload", "finish", "done")
 TAKEN_OVER_WITHIN_S = 15.0
 MAX_ATTEMPTS = 3
 PATIENCE_S = 90.0
