@@ -1,7 +1,7 @@
 # `make demo` on a bare machine (Linux, Python 3.11 or newer, git, make) does everything itself.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve weights test test-all chaos soak check fix bench parity bento pins
+.PHONY: help install demo serve weights test test-all chaos soak check fix bench parity bento audit pins
 
 BIN := .venv/bin
 # Set on make's command line alone: some systems export HOST, and that must not open the service to the network.
@@ -59,6 +59,9 @@ parity: install ## Answers compared with those of Meta's own code, full size, on
 
 bento: install ## Build the bento
 	@$(BIN)/bentoml build
+
+audit: install ## Known vulnerabilities of the pinned packages, as PyPI tells them
+	@$(BIN)/uv tool run pip-audit --requirement requirements.txt --require-hashes --disable-pip --progress-spinner off $(ARGS)
 
 # The pins in place are kept where they still fit: `make pins ARGS=--upgrade`, or ARGS="-P httpx", for newer ones.
 COMPILE := pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --annotation-style line

@@ -35,7 +35,7 @@ from api.lifecycle import (
 from api.logs import configure_logs
 from api.metrics import BatchMetrics
 from api.middleware import EnvelopeMiddleware
-from api.runner_link import BatchGate, SegmentRequest, SegmentResponse
+from api.runner_link import BatchGate, OnlyOurBodies, SegmentRequest, SegmentResponse
 from sam3_runner.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -74,7 +74,11 @@ class Sam3Runner:
 
     def __init__(self) -> None:
         # What is compiled for a GPU lies where it survives a restart; torch reads this when it is imported.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.data_dir.absolute() / "compiled"))
+        compiled = settings.data_dir.absolute() / "compiled"
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
+        os.environ.setdefault(
+            "TRITON_CACHE_DIR", str(compiled / "triton")
+        )  # its own default is in the home directory
         import torch  # only this process pays for it
 
         from sam3_runner.segmenter import Segmenter
@@ -207,7 +211,7 @@ class S3Backend:
 
     async def __is_ready__(self) -> bool:
         """What `/readyz` says."""
-        return self.backend.watch.model is not None
+        return self.backend.watch.model is not None and self.backend.sandbox.is_ready
 
 
 def _reason(error: Exception) -> str:
@@ -223,5 +227,7 @@ def _url_of(service: Any) -> str | None:
     return url
 
 
-_backend: Any = S3Backend  # a `bentoml.Service`, which the type of a decorated class does not say
+_runner: Any = Sam3Runner  # a `bentoml.Service`, which the type of a decorated class does not say
+_runner.add_asgi_middleware(OnlyOurBodies)
+_backend: Any = S3Backend
 _backend.add_asgi_middleware(EnvelopeMiddleware, state=app.state, cors_origins=settings.cors_origins)

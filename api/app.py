@@ -29,7 +29,7 @@ from api.errors import (
     PromptRefused,
     RouteNotFound,
 )
-from api.limits import MAX_JSON_BYTES, read_body
+from api.limits import MAX_JSON_BYTES, read_body, require_json
 from api.openapi import openapi_document
 from api.preferences import RESPOND_ASYNC, wants_async
 from api.requests import RECORD, RequestRecord
@@ -37,7 +37,7 @@ from api.routes import ROUTES, RouteSpec
 from api.schemas import BatchRequest, PredictRequest, RequestT, parse_request
 from sam3_runner import rle
 from sam3_runner.errors import ImageError, ImageTooLarge, InvalidPrompt, TooManyPrompts
-from sam3_runner.images import ImageHeader, ImageLimits, probe_image
+from sam3_runner.images import ImageHeader
 from sam3_runner.text import MAX_PROMPTS, PromptChecker
 from sam3_runner.types import ModelInfo, Segmentation, TextPrompt
 from storage import ObjectNotFound
@@ -159,6 +159,7 @@ async def _do(request: Request, backend: Backend, record: RequestRecord, schema:
 
 async def _read_job(request: Request, backend: Backend, record: RequestRecord, schema: type[RequestT]) -> Job:
     """The body as its schema says, with prompts that the text encoder reads; if it does not, the row says so."""
+    require_json(request)
     too_large = BodyTooLarge(
         f"The body is larger than {MAX_JSON_BYTES} bytes: images are sent by URL, not in the body."
     )
@@ -318,7 +319,7 @@ async def _get_file(request: Request, backend: Backend, record: RequestRecord) -
     if is_mask:
         media_type = "image/png"
     else:
-        media_type = await _in_pool(backend, _media_type_of_file, data, backend.limits)
+        media_type = await _media_type_of_file(backend, data)
     return Response(data, media_type=media_type, headers={"x-content-type-options": "nosniff"})
 
 
@@ -337,7 +338,7 @@ async def _put_file(request: Request, backend: Backend, record: RequestRecord) -
         data = await read_body(
             request, max_bytes, ImageTooLarge(f"The file is larger than {max_bytes} bytes.")
         )
-        header = await _in_pool(backend, probe_image, data, backend.limits)
+        header = await backend.sandbox.probe(data)
         await backend.store.put(key, data, _media_type(header))
     return _json({"url": backend.store.public_url(key), "key": key})
 
@@ -346,9 +347,9 @@ def _media_type(header: ImageHeader) -> str:
     return f"image/{header.format.partition('/')[0].lower()}"  # "HEIC/HEIF" is image/heic
 
 
-def _media_type_of_file(data: bytes, limits: ImageLimits) -> str:
+async def _media_type_of_file(backend: Backend, data: bytes) -> str:
     try:
-        return _media_type(probe_image(data, limits))
+        return _media_type(await backend.sandbox.probe(data))
     except ImageError:  # put there past us
         return "application/octet-stream"
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
+from urllib.parse import urlsplit
 
 from api.access import KeyCheck
 from api.config import ConfigurationError, Settings
@@ -23,6 +24,7 @@ from api.readiness import RunnerWatch, WatchedRunner
 from api.runner_link import ITEMS_PER_REQUEST, RunnerClient, RunnerLost, RunnerTimedOut
 from sam3_runner.errors import CheckpointError
 from sam3_runner.images import ImageLimits
+from sam3_runner.sandbox import ImageSandbox
 from sam3_runner.text import PromptChecker
 from storage import ImageUrls, ObjectStore
 from storage.errors import StorageError, StorageTimeout, StorageUnavailable
@@ -52,6 +54,7 @@ class Backend:
         in_flight: How much is taken in at once.
         limits: Of image files.
         codec_pool: Threads for what takes the CPU.
+        sandbox: Processes that read what callers send as images.
         prompts: Checked before anything is claimed.
         store: Images and masks, behind a circuit breaker.
         tasks: Rows, behind another.
@@ -67,6 +70,7 @@ class Backend:
     in_flight: InFlight
     limits: ImageLimits
     codec_pool: ThreadPoolExecutor
+    sandbox: ImageSandbox
     prompts: PromptChecker
     store: GuardedStore
     tasks: GuardedTasks
@@ -101,6 +105,7 @@ class Backend:
 
     def start(self) -> None:
         """Begin to look after what this needs, and for tasks that nobody carries. Needs a running event loop."""
+        self.sandbox.start()
         self.watch.start()
         self.store.watch()
         self.tasks.watch()
@@ -129,9 +134,10 @@ class Backend:
             return {"status": "down", "waiting": 0}
 
     async def aclose(self) -> None:
-        """Leave to the journal what still runs, then free threads and connections."""
+        """Leave to the journal what still runs, then free processes, threads and connections."""
         await self.executor.aclose()
         await self.journal.aclose()
+        await self.sandbox.aclose()
         await self.watch.aclose()
         await self.client.aclose()
         await self.tasks.aclose()
@@ -162,9 +168,10 @@ def make_backend(settings: Settings, runner_url: str, own_url: str) -> Backend:
     metrics = RequestMetrics()
     store = GuardedStore(make_store(settings, base_url), on_change=metrics.tasks.storage_is_up)
     tasks = GuardedTasks(make_tasks(settings), on_change=metrics.tasks.rows_are_up)
-    pipeline = Pipeline(
-        store, tasks, WatchedRunner(client, watch), make_urls(settings, base_url), limits, codec_pool=pool
-    )
+    sandbox = ImageSandbox(limits, processes=decoders_per_worker(settings.api_workers))
+    urls = make_urls(settings, base_url)
+    runner = WatchedRunner(client, watch)
+    pipeline = Pipeline(store, tasks, runner, urls, sandbox, limits, codec_pool=pool)
     journal = make_journal(settings)
     executor = TaskExecutor(
         journal,
@@ -178,11 +185,12 @@ def make_backend(settings: Settings, runner_url: str, own_url: str) -> Backend:
     )
     return Backend(
         settings=settings,
-        key_check=KeyCheck(_value(settings, "api_secret_key")),
+        key_check=make_key_check(settings),
         metrics=metrics,
         in_flight=InFlight(settings.max_in_flight, shared_file("in-flight")),
         limits=limits,
         codec_pool=pool,
+        sandbox=sandbox,
         prompts=PromptChecker.from_checkpoint(settings.weights_path),
         store=store,
         tasks=tasks,
@@ -221,6 +229,24 @@ def _health_of(breaker: CircuitBreaker) -> dict[str, str | None]:
     if since is None or failure is None:
         return {"status": "ok", "since": None, "reason": None}
     return {"status": "down", "since": since.isoformat(), "reason": code_of(failure())[0]}
+
+
+def make_key_check(settings: Settings) -> KeyCheck:
+    """What a guarded path must pass."""
+    public_host = None if settings.public_url is None else urlsplit(settings.public_url).hostname
+    return KeyCheck(
+        settings.api_keys,
+        own_hosts=() if public_host is None else (public_host,),
+        origins=settings.cors_origins,
+    )
+
+
+def decoders_per_worker(api_workers: int) -> int:
+    """Decoding processes of one web worker: all workers' together as many as cores, within 2 to 8 each.
+
+    Two at least, so that an image that hangs its decoder does not hold up the others.
+    """
+    return max(2, min(8, len(os.sched_getaffinity(0)) // api_workers))
 
 
 def make_store(settings: Settings, base_url: str) -> ObjectStore:

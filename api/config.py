@@ -25,6 +25,7 @@ _R2_REQUIRED = ("r2_endpoint", "r2_access_key_id", "r2_secret_access_key")
 _SUPABASE_REQUIRED = ("supabase_url", "supabase_service_key")
 
 _VISIBLE_ASCII = re.compile(r"[\x21-\x7e]+")
+_MIN_KEY_CHARS = 16  # of a key that guards R2 or Supabase; 96 random bits as base64
 _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
@@ -110,6 +111,14 @@ class Settings(BaseSettings):
             raise ValueError("must be visible ASCII characters, without blanks and line breaks")
         return SecretStr(secret)
 
+    @field_validator("api_secret_key")
+    @classmethod
+    def _are_keys(cls, value: SecretStr | None) -> SecretStr | None:
+        """One key, or several with commas between them."""
+        if value is not None and "" in value.get_secret_value().split(","):
+            raise ValueError("must be one key, or keys with a single comma between two of them")
+        return value
+
     @field_validator("sam3_device", "sam3_dtype", "log_level", mode="before")
     @classmethod
     def _lower(cls, value: Any) -> Any:
@@ -143,6 +152,12 @@ class Settings(BaseSettings):
                 f"API_SECRET_KEY is not set: it must be, because {part} is configured. "
                 "Choose a long random value and give the same one to the caller."
             )
+        is_server = self.uses_r2 or self.uses_supabase
+        if is_server and any(len(key) < _MIN_KEY_CHARS for key in self.api_keys):
+            raise ValueError(
+                f"API_SECRET_KEY is wrong: a key has fewer than {_MIN_KEY_CHARS} characters, which can be guessed. "
+                "Take a random one: openssl rand -base64 32"
+            )
         return self
 
     def _require_together(self, part: str, names: tuple[str, ...], also_set_by: tuple[str, ...] = ()) -> None:
@@ -164,6 +179,11 @@ class Settings(BaseSettings):
     def uses_supabase(self) -> bool:
         """Whether tasks live in Supabase; otherwise in SQLite."""
         return self.supabase_url is not None
+
+    @property
+    def api_keys(self) -> tuple[str, ...]:
+        """What callers may send as `X-API-Key`: any of them; empty without `API_SECRET_KEY`."""
+        return () if self.api_secret_key is None else tuple(self.api_secret_key.get_secret_value().split(","))
 
     @property
     def weights_path(self) -> Path:
@@ -200,6 +220,11 @@ class Settings(BaseSettings):
             lines.append(
                 "API_SECRET_KEY is not set: anyone on this machine may call the service, nobody from outside"
             )
+        if any(len(key) < _MIN_KEY_CHARS for key in self.api_keys):
+            lines.append(
+                f"API_SECRET_KEY has a key of fewer than {_MIN_KEY_CHARS} characters, and the service listens on all "
+                "interfaces: take a longer, random one"
+            )
         if self.uses_r2 and self.r2_public_url is None:
             lines.append(
                 "R2_PUBLIC_URL is not set: mask_url names R2_ENDPOINT, which answers signed requests only; "
@@ -214,9 +239,8 @@ class Settings(BaseSettings):
             self.r2_access_key_id,
             self.r2_secret_access_key,
             self.supabase_service_key,
-            self.api_secret_key,
         )
-        return tuple(field.get_secret_value() for field in fields if field is not None)
+        return (*(field.get_secret_value() for field in fields if field is not None), *self.api_keys)
 
 
 def read_settings(env_file: str | None = None) -> Settings:

@@ -28,6 +28,7 @@ class ApiError(Exception):
     ├── MalformedJson
     ├── BodyIncomplete
     ├── BodyTooLarge
+    ├── UnsupportedMediaType
     ├── InvalidRequest      a field is at fault; `details` says which
     ├── PromptRefused       a prompt is at fault; `details` says which
     ├── Unauthorized
@@ -61,6 +62,10 @@ class BodyIncomplete(ApiError):
 
 class BodyTooLarge(ApiError):
     """More bytes of JSON than the limit."""
+
+
+class UnsupportedMediaType(ApiError):
+    """A body that says it is something else than JSON."""
 
 
 class InvalidRequest(ApiError):
@@ -128,6 +133,7 @@ FAULTS: dict[type[BaseException], Fault] = {
     MalformedJson: Fault(400, "MALFORMED_JSON"),
     BodyIncomplete: Fault(400, "BODY_INCOMPLETE"),
     BodyTooLarge: Fault(413, "BODY_TOO_LARGE"),
+    UnsupportedMediaType: Fault(415, "UNSUPPORTED_MEDIA_TYPE"),
     InvalidRequest: Fault(422, "VALIDATION_FAILED"),
     PromptRefused: Fault(422, "INVALID_PROMPT"),
     Unauthorized: Fault(401, "UNAUTHORIZED"),

@@ -1,20 +1,36 @@
-"""Bounds on what is taken in: bytes of a body, and requests at once."""
+"""Bounds on what is taken in: kind and bytes of a body, and requests at once."""
 
 from __future__ import annotations
 
 import asyncio
 import fcntl
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from starlette.requests import ClientDisconnect, Request
 
-from api.errors import BodyIncomplete, Overloaded
+from api.errors import BodyIncomplete, Overloaded, UnsupportedMediaType
 
 MAX_JSON_BYTES = 1_000_000
 BODY_TIMEOUT_S = 30.0
+
+_JSON_TYPE = re.compile(r"application/([a-z0-9!#$&^_.+-]+\+)?json *(;.*)?", re.IGNORECASE)
+
+
+def require_json(request: Request) -> None:
+    """Refuse a body that says it is something else than JSON; one that says nothing may pass.
+
+    Raises:
+        UnsupportedMediaType: another type, or compressed.
+    """
+    kind, coding = request.headers.get("content-type"), request.headers.get("content-encoding", "identity")
+    if kind is not None and not _JSON_TYPE.fullmatch(kind):
+        raise UnsupportedMediaType("The body must be JSON: send it with Content-Type: application/json.")
+    if coding.lower() != "identity":
+        raise UnsupportedMediaType("The body must not be compressed: send it without Content-Encoding.")
 
 
 async def read_body(

@@ -14,6 +14,7 @@ from api.requests import RequestRecord, current_request
 LOGGERS = ("api", "service", "tasks", "storage", "sam3_runner")
 _MASK = "***"
 _SHORTEST_SECRET = 6  # anything shorter would blank out ordinary words
+_PATH_CHARS = 200  # of a path that is no route: callers may invent any
 # What `logging` itself puts on a record; everything else on it was passed as `extra`.
 _OWN_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({})))
 
@@ -27,9 +28,10 @@ class JsonFormatter(logging.Formatter):
 
     def __init__(self, secrets: tuple[str, ...] = ()) -> None:
         super().__init__()
-        # As they stand in JSON text, longest first: one may contain another.
-        written = {json.dumps(secret)[1:-1] for secret in secrets if len(secret) >= _SHORTEST_SECRET}
-        self._secrets = tuple(sorted(written, key=len, reverse=True))
+        # Longest first: one may contain another.
+        long_enough = {secret for secret in secrets if len(secret) >= _SHORTEST_SECRET}
+        self._plain = tuple(sorted(long_enough, key=len, reverse=True))
+        self._in_json = tuple(json.dumps(secret)[1:-1] for secret in self._plain)
 
     def format(self, record: logging.LogRecord) -> str:
         """See `logging.Formatter`."""
@@ -45,12 +47,17 @@ class JsonFormatter(logging.Formatter):
             if request.task_id is not None:
                 line["task_id"] = request.task_id
         line |= {name: value for name, value in vars(record).items() if name not in _OWN_ATTRIBUTES}
+        if "path" in line:  # blanked out before it is cut: half a secret is one, too
+            line["path"] = _blank_out(str(line["path"]), self._plain)[:_PATH_CHARS]
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        text = json.dumps(line, default=str, ensure_ascii=True)
-        for secret in self._secrets:
-            text = text.replace(secret, _MASK)
-        return text
+        return _blank_out(json.dumps(line, default=str, ensure_ascii=True), self._in_json)
+
+
+def _blank_out(text: str, secrets: tuple[str, ...]) -> str:
+    for secret in secrets:
+        text = text.replace(secret, _MASK)
+    return text
 
 
 def configure_logs(level: str, secrets: tuple[str, ...], stream: TextIO | None = None) -> None:

@@ -57,6 +57,9 @@ class RequestMetrics:
             registry=registry,
         )
         self._errors = Counter("s3_errors", "Error responses by code.", ["code"], registry=registry)
+        self._auth_failures = Counter(
+            "s3_auth_failures", "Requests with a missing or wrong key.", registry=registry
+        )
         for stage in STAGES:
             self._stages.labels(stage)
 
@@ -70,6 +73,8 @@ class RequestMetrics:
                 self._stages.labels(stage).observe(ms / 1000)
         if request.status >= 400:
             self._errors.labels(request.outcome).inc()
+        if request.status == 401:
+            self._auth_failures.inc()
 
     def exposition(self, waiting: Mapping[str, int]) -> bytes:
         """Everything that all processes counted, in the text format.

@@ -27,7 +27,6 @@ QUIET_PATHS = frozenset({"/health", "/livez", "/healthz", "/readyz", "/metrics"}
 # host.)
 HIDDEN_PATHS = frozenset({"", "/"})
 UNMATCHED = "unmatched"  # the route of a path that is none: such paths must not label metrics
-_LOGGED_PATH_CHARS = 200
 
 _ID_HEADER = REQUEST_ID_HEADER.lower().encode()
 # What is kept of an error response that another layer wrote. Not `Location`: nothing here has moved.
@@ -78,7 +77,7 @@ class EnvelopeMiddleware:
                 request.outcome = "CANCELLED"  # by the server, before anything was sent
             self._state.backend.metrics.observe(request)
             if request.route == UNMATCHED:
-                request.fields["path"] = scope["path"][:_LOGGED_PATH_CHARS]
+                request.fields["path"] = scope["path"]
             if scope["path"] not in QUIET_PATHS or request.status >= 500:
                 log_request(logger, request)
             current_request.reset(token)
@@ -88,10 +87,7 @@ class EnvelopeMiddleware:
         request: RequestRecord = scope[RECORD]
         try:
             if is_guarded(scope["path"]):
-                client: tuple[str, int] | None = scope.get("client")
-                self._state.backend.key_check.require(
-                    _header(scope, b"x-api-key"), client[0] if client else None
-                )
+                await self._state.backend.key_check.require(scope)
             if scope["path"] in HIDDEN_PATHS:
                 raise error_of_status(404, scope["method"], scope["path"], {})
             await self._app(scope, receive, send)

@@ -30,8 +30,11 @@ from sam3_runner.wire import Chunk, WireError, decode_items, decode_results, enc
 
 if TYPE_CHECKING:
     from starlette.requests import Request
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 MEDIA_TYPE = "application/octet-stream"
+# What the runner's two routes are sent. BentoML would choose a reader by this header, and one of them unpickles.
+BODY_TYPES = {"/segment": MEDIA_TYPE.encode(), "/info": b"application/json"}
 # uvicorn closes connections idle for 5 s; a request sent at that moment is lost. Leave before it does.
 IDLE_CONNECTION_S = 4.0
 # A fourth of the requests, and a batch of 16 still fills from requests of any size up to four.
@@ -152,6 +155,26 @@ class BatchGate:
         if self._is_busy:
             self._busy_since_s = asyncio.get_running_loop().time()
             self._items_inside = self._max_batch_size - room
+
+
+class OnlyOurBodies:
+    """ASGI middleware of the runner: whatever says that it is something else than `RunnerClient` sends is 415.
+
+    Args:
+        app: Everything below.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI connection."""
+        if scope["type"] == "http" and scope["method"] == "POST":
+            sent = [value for name, value in scope["headers"] if name == b"content-type"]
+            if sent != [BODY_TYPES.get(scope["path"])]:
+                await Response(status_code=415)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 class SegmentRequest(bentoml.IODescriptor):  # type: ignore[misc]  # bentoml loads it lazily: Any to mypy

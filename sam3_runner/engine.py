@@ -28,6 +28,7 @@ from sam3_runner.blocks import (
 )
 from sam3_runner.forward import TextFeatures
 from sam3_runner.graphs import CudaGraphs
+from sam3_runner.prebuilt import use_prebuilt_module
 
 # Rows that one pass takes, on a GPU as static sizes that smaller batches are padded to. A ViT of 5,184 tokens an
 # image fills an H200 from one image on; more than 8 images or pairs gain little and cost memory.
@@ -183,6 +184,7 @@ class Engine(nn.Module):
         """On a GPU: compile the layers, and record each stage at its static sizes when they are first used."""
         torch.cuda.set_device(self._device)  # streams and recordings are of the current one
         try:
+            use_prebuilt_module()
             torch.compile(F.gelu)(torch.ones(8, device=self._device))
         except (
             Exception

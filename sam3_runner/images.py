@@ -21,7 +21,6 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-import torch
 from PIL import Image, ImageCms, ImageFile
 from PIL.AvifImagePlugin import AvifImageFile
 from PIL.BmpImagePlugin import BmpImageFile
@@ -40,7 +39,6 @@ from PIL.TiffImagePlugin import (
 )
 from PIL.WebPImagePlugin import WebPImageFile
 from pillow_heif import HeifImageFile
-from torchvision.transforms.v2 import functional as tv
 
 from sam3_runner.errors import ImageError, ImageTooLarge, UndecodableImage, UnsupportedImage
 from sam3_runner.jpeg_stream import read_layout
@@ -129,6 +127,22 @@ def probe_image(data: bytes, limits: ImageLimits | None = None) -> ImageHeader:
     return _open(data, limits or ImageLimits())[1]
 
 
+def check_bytes(data: bytes, limits: ImageLimits) -> None:
+    """Hold a file against the limits without looking into it.
+
+    Raises:
+        UndecodableImage: there is nothing at all.
+        ImageTooLarge: too many bytes.
+    """
+    if not data:
+        raise UndecodableImage(f"Expected an image file ({_READABLE}), got 0 bytes. Send the whole file.")
+    if len(data) > limits.max_bytes:
+        raise ImageTooLarge(
+            f"The image file has {len(data):,} bytes; at most {limits.max_bytes:,} are read. "
+            "Send it smaller or more strongly compressed."
+        )
+
+
 def open_image(data: bytes, limits: ImageLimits | None = None) -> npt.NDArray[np.uint8]:
     """Decode an image file as a phone shows it.
 
@@ -169,6 +183,18 @@ def open_for_model(data: bytes, input_size_px: int, limits: ImageLimits | None =
     Raises:
         ImageError: as `open_image`, for the same files.
     """
+    pixels, size_hw = decode_for_model(data, input_size_px, limits)
+    return ModelImage(pixels, size_hw, content_hash(data))
+
+
+def decode_for_model(
+    data: bytes, input_size_px: int, limits: ImageLimits | None = None
+) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
+    """`open_for_model` without the hash.
+
+    Returns:
+        (S, S, 3) uint8 RGB, upright, and height and width of the upright original.
+    """
     file, header = _open_to_decode(data, limits)
     with _codec_errors(header):
         stored = _decode_jpeg(file, data, header, input_size_px)
@@ -180,8 +206,12 @@ def open_for_model(data: bytes, input_size_px: int, limits: ImageLimits | None =
     pixels = resize_for_model(stored, input_size_px)
     if orientation in _TURNS:
         pixels = _turned(pixels, orientation)
-    size_hw = size_hw[::-1] if orientation in _SIDEWAYS else size_hw
-    return ModelImage(pixels, size_hw, hashlib.sha256(data).digest())
+    return pixels, size_hw[::-1] if orientation in _SIDEWAYS else size_hw
+
+
+def content_hash(data: bytes) -> bytes:
+    """What `ModelImage.content_hash` is of a file."""
+    return hashlib.sha256(data).digest()
 
 
 def resize_for_model(image_rgb: npt.NDArray[np.uint8], input_size_px: int) -> npt.NDArray[np.uint8]:
@@ -201,6 +231,9 @@ def resize_for_model(image_rgb: npt.NDArray[np.uint8], input_size_px: int) -> np
         raise ValueError(f"Expected (H, W, 3) uint8, got {image_rgb.shape} {image_rgb.dtype}.")
     if image_rgb.shape[:2] == (input_size_px, input_size_px):
         return image_rgb.copy(order="C")
+    import torch  # 200 MB that a process which only reads headers need not have
+    from torchvision.transforms.v2 import functional as tv
+
     # torch warns about memory that it may not write to, and cannot take negative strides.
     source = np.require(image_rgb, requirements=["C", "W"])
     chw = torch.from_numpy(source).permute(
@@ -332,13 +365,7 @@ def _describe(data: bytes) -> str:
 
 
 def _open(data: bytes, limits: ImageLimits) -> tuple[ImageFile.ImageFile, ImageHeader]:
-    if not data:
-        raise UndecodableImage(f"Expected an image file ({_READABLE}), got 0 bytes. Send the whole file.")
-    if len(data) > limits.max_bytes:
-        raise ImageTooLarge(
-            f"The image file has {len(data):,} bytes; at most {limits.max_bytes:,} are read. "
-            "Send it smaller or more strongly compressed."
-        )
+    check_bytes(data, limits)
     kind = _sniff(data)
     if kind is None:
         raise UnsupportedImage(

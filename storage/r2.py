@@ -177,7 +177,7 @@ class R2Store:
         if response is None or attempts >= self._max_attempts:
             return None
         told_s = _retry_after_s(response[1])
-        if told_s is None:
+        if not told_s:
             return None
         return told_s * random.uniform(1.0, 1.25) if told_s <= _MAX_TOLD_PAUSE_S else False
 

@@ -136,7 +136,10 @@ class CircuitBreaker:
                 self._changed.set()
 
     async def pause(self, seconds: float) -> None:
-        """Sleep this long, or until an outage ends, if that is sooner."""
+        """Sleep this long, or until an outage ends, if that is sooner.
+
+        Of an end between the failure and this call nothing is known here: let no other await come between.
+        """
         sleeper: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self._sleepers.add(sleeper)
         try:
@@ -168,6 +171,7 @@ class CircuitBreaker:
             except Exception as error:  # whatever it is, the next look tells; `attempt` has taken note
                 _log.debug("a look at %s failed: %r", self._name, error)
                 self._looked_at_s = time.monotonic()
+                await asyncio.sleep(self._first_pause_s)  # also after an error that `attempt` does not know
 
     def _seconds_to_probe(self, idle_s: float) -> float:
         if self._is_probing:

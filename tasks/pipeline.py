@@ -24,7 +24,7 @@ import numpy as np
 
 from sam3_runner import errors as runner_errors
 from sam3_runner import rle
-from sam3_runner.images import ImageLimits, ModelImage, open_for_model
+from sam3_runner.images import ImageLimits, ModelImage
 from sam3_runner.masks import encode_png
 from sam3_runner.types import (
     ItemError,
@@ -166,6 +166,14 @@ class Runner(Protocol):
         ...
 
 
+class ImageDecoder(Protocol):
+    """Where image files are decoded (see `sam3_runner.sandbox.ImageSandbox`)."""
+
+    async def open_for_model(self, data: bytes, input_size_px: int) -> ModelImage:
+        """The file as the model takes it. Raises `ImageError`."""
+        ...
+
+
 class ImageKeys(Protocol):
     """Which image URLs are ours (see `storage.ImageUrls`)."""
 
@@ -195,8 +203,9 @@ class Pipeline:
         tasks: Rows.
         runner: The model.
         urls: Tells keys from image URLs.
+        decoder: Opens image files.
         limits: Of image files.
-        codec_pool: Threads that decode images and encode masks. Not shut down here.
+        codec_pool: Threads that encode masks. Not shut down here.
         max_uploads: Masks of one job that are uploaded side by side.
     """
 
@@ -206,6 +215,7 @@ class Pipeline:
         tasks: TaskStore,
         runner: Runner,
         urls: ImageKeys,
+        decoder: ImageDecoder,
         limits: ImageLimits,
         *,
         codec_pool: Executor,
@@ -215,6 +225,7 @@ class Pipeline:
         self._tasks = tasks
         self._runner = runner
         self._urls = urls
+        self._decoder = decoder
         self._limits = limits
         self._codec_pool = codec_pool
         self._max_uploads = max_uploads
@@ -295,10 +306,7 @@ class Pipeline:
             attempt("download", lambda: self._download(work)), attempt("model", self._model_info)
         )
         with work.clock.timed("decode"):
-            image = await attempt(
-                "decode",
-                lambda: self._in_pool(open_for_model, data, model.input_size_px, self._limits),
-            )
+            image = await attempt("decode", lambda: self._decoder.open_for_model(data, model.input_size_px))
         return image, model
 
     async def _download(self, work: Work) -> bytes:

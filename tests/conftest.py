@@ -55,7 +55,7 @@ class Served:
         port: On which it listens.
         url: `http://127.0.0.1:PORT`.
         client: For requests to it; sends the key if there is one.
-        key: Its API key.
+        key: Its API key; the first of several.
         data_dir: `S3_DATA_DIR`.
     """
 
@@ -71,7 +71,7 @@ class Served:
     ) -> None:
         home.mkdir(parents=True, exist_ok=True)
         self.data_dir = home / "data"
-        self.key = env.get("API_SECRET_KEY")
+        self.key = env["API_SECRET_KEY"].split(",")[0] if "API_SECRET_KEY" in env else None
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         headers = {} if self.key is None else {"X-API-Key": self.key}

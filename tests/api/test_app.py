@@ -28,6 +28,7 @@ from sam3_runner import rle
 from sam3_runner.checkpoint import DEMO_CHECKPOINT
 from sam3_runner.images import ImageLimits
 from sam3_runner.masks import encode_png
+from sam3_runner.sandbox import ImageSandbox
 from sam3_runner.text import PromptChecker
 from sam3_runner.types import ModelInfo, SegmentItem, SegmentResult
 from storage import ImageUrls
@@ -89,21 +90,22 @@ async def pause(error: BaseException, seconds: float) -> None:
 
 @pytest.fixture
 async def face(tmp_path: Path) -> AsyncIterator[Face]:
-    store, tasks = LocalStore(tmp_path / "files", "http://test"), Flaky(tmp_path / "tasks.sqlite3")
-    app = create_app(is_local=True)
+    store, tasks = LocalStore(tmp_path / "files", "http://localhost"), Flaky(tmp_path / "tasks.sqlite3")
+    app, sandbox = create_app(is_local=True), ImageSandbox(LIMITS, processes=1)
     watch, journal = RunnerWatch(nothing_is_loaded), Journal(tmp_path / "journal")
     with ThreadPoolExecutor(1) as pool:
-        urls = ImageUrls.for_local("http://test")
-        pipeline = Pipeline(store, tasks, NoRunner(), urls, LIMITS, codec_pool=pool)
+        urls = ImageUrls.for_local("http://localhost")
+        pipeline = Pipeline(store, tasks, NoRunner(), urls, sandbox, LIMITS, codec_pool=pool)
         rules = RetryRules((), (), pause, first_pause_s=0.02, max_pause_s=0.1)
         metrics = RequestMetrics()
         executor = TaskExecutor(journal, pipeline, rules, code_of=code_of, observer=metrics.tasks)
         app.state.backend = SimpleNamespace(
-            key_check=KeyCheck(None),
+            key_check=KeyCheck(()),
             metrics=metrics,
             in_flight=InFlight(2),
             limits=LIMITS,
             codec_pool=pool,
+            sandbox=sandbox,
             prompts=PromptChecker.from_checkpoint(DEMO_CHECKPOINT),
             store=store,
             tasks=tasks,
@@ -113,10 +115,11 @@ async def face(tmp_path: Path) -> AsyncIterator[Face]:
         )
         below = ExceptionMiddleware(app)  # as BentoML's: answers 404 and 405 in plain text
         transport = httpx.ASGITransport(app=EnvelopeMiddleware(below, app.state), client=("127.0.0.1", 1))
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             yield Face(client, store, tasks)
         await executor.aclose()
         await journal.aclose()
+        await sandbox.aclose()
         await tasks.aclose()
         await store.aclose()
 

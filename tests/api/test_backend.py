@@ -20,12 +20,12 @@ R2 = {
     "r2_endpoint": "https://account.r2.cloudflarestorage.com",
     "r2_access_key_id": "key-id-0001",
     "r2_secret_access_key": "hunter2-secret",
-    "api_secret_key": "hunter2-api-key",
+    "api_secret_key": "hunter2-api-key-of-25-chars",
 }
 SUPABASE = {
     "supabase_url": "https://project.supabase.co",
     "supabase_service_key": "sb_secret_hunter2",
-    "api_secret_key": "hunter2-api-key",
+    "api_secret_key": "hunter2-api-key-of-25-chars",
 }
 NOBODY = 65534
 

@@ -14,7 +14,7 @@ R2 = {
     "R2_SECRET_ACCESS_KEY": "hunter2-secret",
 }
 SUPABASE = {"SUPABASE_URL": "https://project.supabase.co", "SUPABASE_SERVICE_KEY": "sb_secret_hunter2"}
-KEY = {"API_SECRET_KEY": "hunter2-api-key"}
+KEY = {"API_SECRET_KEY": "hunter2-api-key-of-25-chars"}
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +102,11 @@ def test_a_part_that_holds_data_needs_the_key(monkeypatch: pytest.MonkeyPatch, p
         ("API_SECRET_KEY", "hunter2\nhunter2"),
         ("API_SECRET_KEY", "hunter2 hunter2"),
         ("API_SECRET_KEY", "hunter2-schlüssel"),
+        ("API_SECRET_KEY", "hunter2-15chars"),
+        ("API_SECRET_KEY", "hunter2-api-key-of-25-chars,hunter2"),
+        ("API_SECRET_KEY", "hunter2-api-key-of-25-chars,"),
+        ("API_SECRET_KEY", ",hunter2-api-key-of-25-chars"),
+        ("API_SECRET_KEY", "hunter2-api-key-of-25-chars, hunter2-api-key-of-25-chars"),
         ("R2_SECRET_ACCESS_KEY", "\n"),
         ("SUPABASE_SERVICE_KEY", "hunter2\r\nhunter2"),
         ("S3_CORS_ORIGINS", "example.com"),
@@ -125,8 +130,22 @@ def test_a_wrong_value_names_its_variable_and_hides_itself(
 
 @pytest.mark.parametrize("name", ["API_SECRET_KEY", "R2_SECRET_ACCESS_KEY", "SUPABASE_SERVICE_KEY"])
 def test_a_mounted_secret_loses_its_line_end(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    settings = settings_from(monkeypatch, {**R2, **SUPABASE, **KEY, name: " hunter2-!~\r\n"})
-    assert getattr(settings, name.lower()) == SecretStr("hunter2-!~")
+    settings = settings_from(monkeypatch, {**R2, **SUPABASE, **KEY, name: " hunter2-!~-16chars\r\n"})
+    assert getattr(settings, name.lower()) == SecretStr("hunter2-!~-16chars")
+
+
+def test_several_keys_are_several_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = "hunter2-old-key-of-26-chars", "hunter2-new-key-of-26-chars"
+    settings = settings_from(monkeypatch, {**R2, **SUPABASE, "API_SECRET_KEY": f"{old},{new}\n"})
+    assert settings.api_keys == (old, new)
+    assert {old, new} < set(settings.secrets())
+
+
+def test_a_short_key_is_for_a_machine_without_data_and_has_a_caution(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_from(monkeypatch, {"API_SECRET_KEY": "hunter2"})
+    (caution,) = settings.cautions()
+    assert caution.startswith("API_SECRET_KEY has a key of fewer than 16 characters")
+    assert "hunter2" not in caution
 
 
 def test_origins_as_browsers_send_them_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,13 +101,14 @@ def client_of(
         def build_middleware_stack(self) -> Any:
             return self.router
 
-    state = State({"backend": SimpleNamespace(key_check=KeyCheck(key), metrics=RequestMetrics())})
+    backend = SimpleNamespace(key_check=KeyCheck(() if key is None else (key,)), metrics=RequestMetrics())
+    state = State({"backend": backend})
     below = Starlette(routes=[])  # as BentoML's: answers 404 and 405 in plain text
     below.router.routes = Bare(routes=ROUTES).routes
     below.middleware_stack = None
     app = EnvelopeMiddleware(_without_server_errors(below), state, cors)
     transport = httpx.ASGITransport(app=app, client=(peer, 1))
-    return httpx.AsyncClient(transport=transport, base_url="http://test")
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost:8000")
 
 
 def _without_server_errors(app: Starlette) -> Any:
@@ -257,6 +258,15 @@ async def test_a_path_that_is_no_route_is_logged_but_not_its_query_nor_all_of_it
         ("unmatched", "/" + "x" * 199),
         ("unmatched", "/two\nlines"),
     ]
+
+
+async def test_a_path_is_not_cut_in_the_middle_of_a_secret(lines: Any) -> None:
+    for length in range(180, 200):
+        async with client_of() as client:
+            await client.get("/" + "x" * length + KEY)
+    logged = [line["path"] for line in lines() if line["message"] == "request"]
+    assert len(logged) == 20
+    assert all(set(path) <= set("/x*") for path in logged)
 
 
 def test_a_secret_is_blanked_out_even_where_json_escapes_it() -> None:

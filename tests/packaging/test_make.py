@@ -27,6 +27,7 @@ TARGETS = (
     "bench",
     "parity",
     "bento",
+    "audit",
 )
 READMES = ("README.md", "README.ko.md")
 

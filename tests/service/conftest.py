@@ -30,6 +30,7 @@ from tests.servers.s3 import S3Server, s3_server
 
 SECRETS = {"API_SECRET_KEY": "local-secret-key-0123456789"}
 REMOTE_KEY = "remote-secret-key-0123456789"
+NEXT_KEY = "the-next-remote-secret-key-0123456789"
 MAX_IMAGE_BYTES = 300_000
 MAX_IMAGE_PIXELS = 1_000_000
 # Long enough for two busy cores; some tests wait this long, so no longer.
@@ -186,8 +187,11 @@ class Remote:
 
     def wait_recovered(self) -> None:
         """Wait until the service has noticed that nothing is down any more."""
-        for name in ("storage", "tasks"):
-            wait_until(lambda name=name: self.dependency(name)["status"] == "ok", 60, f"{name} is back")
+
+        def nothing_is_down() -> bool:
+            return all(self.dependency(name)["status"] == "ok" for name in ("storage", "tasks"))
+
+        wait_until(nothing_is_down, 60, "storage and rows are back", self.service.log)
 
     def put(self, key: str, data: bytes) -> None:
         self.objects.put_object(Bucket=self.s3.bucket, Key=key, Body=data)
@@ -213,7 +217,7 @@ def remote_parts(served: Serve, weights: Path, tmp_path_factory: pytest.TempPath
             "R2_PUBLIC_URL": "https://images.example.com",
             "SUPABASE_URL": supabase.url,
             "SUPABASE_SERVICE_KEY": supabase.secret_key,
-            "API_SECRET_KEY": REMOTE_KEY,
+            "API_SECRET_KEY": f"{REMOTE_KEY},{NEXT_KEY}",
             "S3_REQUEST_TIMEOUT_S": str(REMOTE_TIMEOUT_S),
         }
         remote = Remote(served(env), s3, postgres, supabase)

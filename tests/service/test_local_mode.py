@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,8 @@ def test_the_same_request_again_gives_the_same_answer(local: Served, local_image
 def test_the_service_tells_what_it_is(local: Served, checked: Check, path: str) -> None:
     body = checked(local, local.client.get(path), path)
     if path == "/health":
-        assert body == {"status": "ok", "model_loaded": True, "gpu_available": body["gpu_available"]}
+        assert (body["status"], body["model_loaded"]) == ("ok", True)
+        assert {part["status"] for part in body["dependencies"].values()} == {"ok"}
     else:
         assert body["model_version"] == "demo"
         assert 100_000 < body["parameters"] < 10_000_000
@@ -368,34 +370,107 @@ def test_a_request_that_takes_too_long_is_given_up_and_the_next_one_works(
     wait_until(lambda: local.client.post(PREDICT, json=body).is_success, 60, "the same request works")
 
 
-def test_the_runner_dies_in_the_middle_and_the_next_request_works(
+def test_the_runner_dies_in_the_middle_and_the_task_is_done_all_the_same(
     local: Served, local_image: str, checked: Check
 ) -> None:
     local.wait_ready()
     body, pid = ask(local_image), local.runner_pid()
-    with held(pid), posting(local, PREDICT, body) as (answer,):
-        wait_until(lambda: is_processing(local, body["task_id"]), 10, "the request is under way")
+    with held(pid):
+        accepted = local.client.post(PREDICT, json=body, headers={"Prefer": "respond-async"})
+        wait_until(lambda: is_processing(local, body["task_id"]), 10, "the task is under way")
+        wait_until(lambda: task_of(local, accepted)["stage"] == "segment", 10, "it is in the model")
         os.kill(pid, signal.SIGKILL)
-        response = answer.result()
-    assert response.status_code == 503
-    assert checked(local, response, PREDICT)["error"]["code"] == "MODEL_NOT_READY"
-    assert int(response.headers["Retry-After"]) >= 1
-    row = row_of(local, body["task_id"])
-    assert row is not None
-    assert (row["status"], row["metadata"]["error"]["code"]) == ("error", "MODEL_NOT_READY")
 
+    wait_until(lambda: local.client.get("/readyz").status_code == 503, 10, "the loss is noticed")
     early = local.client.post(PREDICT, json=ask(local_image))
     assert (early.status_code, local.client.get("/readyz").status_code) == (503, 503)
+    assert checked(local, early, PREDICT)["error"]["code"] == "MODEL_NOT_READY"
+    assert int(early.headers["Retry-After"]) >= 1
     assert checked(local, local.client.get("/readyz"), "/readyz")["error"]["code"] == "MODEL_NOT_READY"
     assert local.client.get("/api/v1/model/info").status_code == 503
     assert local.client.get("/health").json()["model_loaded"] is False
 
     local.wait_ready()
     assert local.runner_pid() != pid
-    again = local.client.post(PREDICT, json=body)
-    assert again.status_code == 200
+    wait_until(lambda: task_of(local, accepted)["status"] == "done", 60, "the task is done")
+    assert task_of(local, accepted)["attempts"] == 2
     row = row_of(local, body["task_id"])
     assert row is not None and row["status"] == "done"
+
+
+# ------------------------------------------------------------------------------------------- accepted tasks
+
+
+def task_of(local: Served, accepted: httpx.Response) -> dict[str, Any]:
+    answer = local.client.get(accepted.headers["Location"])
+    assert answer.status_code == 200
+    return dict(answer.json())
+
+
+@pytest.mark.parametrize(
+    "prefer", ["respond-async", "Respond-Async; foo=bar, wait=5", "wait=5,respond-async"]
+)
+def test_a_caller_who_does_not_wait_is_told_where_to_look(
+    local: Served, local_image: str, checked: Check, picture: Picture, prefer: str
+) -> None:
+    body = ask(local_image)
+    accepted = local.client.post(PREDICT, json=body, headers={"Prefer": prefer})
+    assert accepted.status_code == 202
+    assert accepted.json() == {"task_id": body["task_id"], "status": "processing"}
+    assert accepted.headers["Location"] == f"/api/v1/tasks/{body['task_id']}"
+    assert accepted.headers["Preference-Applied"] == "respond-async"
+    wait_until(lambda: task_of(local, accepted)["status"] == "done", 30, "the task is done")
+    checked(local, local.client.get(accepted.headers["Location"]), "/api/v1/tasks/{task_id}")
+    told = task_of(local, accepted)
+    assert (told["stage"], told["attempts"]) == ("done", 1)
+    again = local.client.post(PREDICT, json=body)  # answered from the journal
+    assert again.status_code == 200
+    unlike = {"timings_ms"}
+    assert {k: v for k, v in again.json().items() if k not in unlike} == {
+        k: v for k, v in told["result"].items() if k not in unlike
+    }
+    png = local.client.get(told["result"]["mask_url"].removeprefix(local.url)).content
+    assert iou(read_mask(png), picture.masks["red circle"]) > 0.8
+
+
+def test_a_batch_that_nobody_waits_for_tells_all_results(local: Served, local_image: str) -> None:
+    body = ask_many(local_image, "red circle", "blue square")
+    accepted = local.client.post(BATCH, json=body, headers={"Prefer": "respond-async"})
+    assert accepted.status_code == 202
+    wait_until(lambda: task_of(local, accepted)["status"] == "done", 30, "the task is done")
+    results = task_of(local, accepted)["result"]["results"]
+    assert [result["labels"] for result in results] == [["red circle"], ["blue square"]]
+
+
+def test_a_task_that_failed_tells_why(local: Served, checked: Check) -> None:
+    body = ask("uploads/never-put.png")
+    accepted = local.client.post(PREDICT, json=body, headers={"Prefer": "respond-async"})
+    assert accepted.status_code == 202
+    wait_until(lambda: task_of(local, accepted)["status"] == "error", 30, "the task failed")
+    assert task_of(local, accepted)["error"]["code"] == "IMAGE_NOT_FOUND"
+    row = row_of(local, body["task_id"])
+    assert row is not None and row["metadata"]["error"]["code"] == "IMAGE_NOT_FOUND"
+
+
+def test_a_task_that_nobody_sent_is_not_found(local: Served, checked: Check) -> None:
+    path = "/api/v1/tasks/{task_id}"
+    answer = local.client.get(path.format(task_id=uuid.uuid4()))
+    assert (answer.status_code, checked(local, answer, path)["error"]["code"]) == (404, "TASK_NOT_FOUND")
+
+
+def test_a_task_whose_caller_hangs_up_is_done(local: Served, local_image: str) -> None:
+    local.wait_ready()
+    body = ask(local_image)
+    with held(local.runner_pid()):
+        with pytest.raises(httpx.ReadTimeout):
+            local.client.post(PREDICT, json=body, timeout=1)
+        wait_until(lambda: is_processing(local, body["task_id"]), 10, "the task is under way")
+
+    def is_done() -> bool:
+        row = row_of(local, body["task_id"])
+        return row is not None and row["status"] == "done"
+
+    wait_until(is_done, 30, "the task is done")
 
 
 # ----------------------------------------------------------------------------------------- logs and metrics

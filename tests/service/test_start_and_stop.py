@@ -88,6 +88,15 @@ def test_without_a_key_it_listens_on_loopback_only_and_says_so(keyless: Served) 
     assert keyless.client.get("/api/v1/model/info").status_code == 200
 
 
+def test_without_a_key_no_page_of_the_web_gets_in(keyless: Served) -> None:
+    def info(**headers: str) -> int:
+        return httpx.get(f"{keyless.url}/api/v1/model/info", headers=headers, trust_env=False).status_code
+
+    assert info() == info(Host="localhost:1") == info(Origin="http://localhost:5173") == 200
+    assert info(Host="evil.example") == info(Origin="https://evil.example") == info(Origin="null") == 401
+    assert info(**{"X-Forwarded-For": "127.0.0.1"}) == 401
+
+
 def is_silent(service: Served) -> bool:
     """The kernel may still take connections, but nobody answers them."""
     try:

@@ -13,16 +13,18 @@ from storage.local import LocalStore
 from storage.r2 import R2Store
 from storage.store import ObjectStore
 from storage.urls import ImageUrls
+from tasks.breaker import GuardedStore
 from tests.servers.s3 import S3Server
 
 MEGABYTE = 1_000_000
 
 
-@pytest.fixture(params=["local", "r2"])
+@pytest.fixture(params=["local", "guarded", "r2"])
 def store_and_urls(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[ObjectStore, ImageUrls]:
-    if request.param == "local":
+    if request.param in ("local", "guarded"):
         base_url = "http://127.0.0.1:8000"
-        return LocalStore(tmp_path / "objects", base_url), ImageUrls.for_local(base_url)
+        local = LocalStore(tmp_path / "objects", base_url)
+        return GuardedStore(local) if request.param == "guarded" else local, ImageUrls.for_local(base_url)
     server: S3Server = request.getfixturevalue("shared_s3")
     server.clear()  # before the test, not after: what a failed test left cannot fail the next
     store: R2Store = request.getfixturevalue("shared_r2_store")

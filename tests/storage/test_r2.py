@@ -236,6 +236,35 @@ async def test_a_trouble_that_passes_is_not_seen_by_the_caller(
     assert len(server.requests) == 3
 
 
+async def test_a_short_retry_after_is_waited_for():
+    busy = server_that.answer(429, b"", {"Retry-After": "1"})
+    with failing_server(busy, server_that.succeed(b"1")) as server:
+        async with r2_store(server.endpoint, max_attempts=2) as store:
+            started = time.monotonic()
+            assert await get(store) == b"1"
+            assert time.monotonic() - started >= 1.0
+
+
+@pytest.mark.parametrize(
+    ("status", "told", "n_requests", "retry_after_s"),
+    [
+        pytest.param(503, "60", 1, 60.0, id="long: not tried again"),
+        pytest.param(503, "0", 3, 0.0, id="none: tried as often as ever"),
+        pytest.param(503, "soon", 3, None, id="no number"),
+        pytest.param(404, "60", 1, None, id="not an answer to wait after"),
+    ],
+)
+async def test_a_retry_after_is_on_the_error(
+    status: int, told: str, n_requests: int, retry_after_s: float | None
+):
+    with failing_server(server_that.answer(status, b"", {"Retry-After": told})) as server:
+        async with r2_store(server.endpoint) as store:
+            with pytest.raises(StorageError) as caught:
+                await get(store)
+    assert getattr(caught.value, "retry_after_s", None) == retry_after_s
+    assert len(server.requests) == n_requests
+
+
 @pytest.mark.parametrize(
     "behaviour",
     [

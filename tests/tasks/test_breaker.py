@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import pytest
 
@@ -29,15 +29,22 @@ from tests.storage import failing_server as server_that
 from tests.storage.failing_server import FailingServer, failing_server
 
 ONE_TRY = RetryPolicy(attempts=1, deadline_s=30, connect_timeout_s=15, read_timeout_s=15)
-SOON = {"first_pause_s": 0.05, "max_pause_s": 0.2}
+
+
+class Pauses(TypedDict):
+    """Of a breaker."""
+
+    first_pause_s: float
+    max_pause_s: float
+
+
+SOON: Pauses = {"first_pause_s": 0.05, "max_pause_s": 0.2}
 # No call is let through again within a test.
-NOT_AGAIN = {"first_pause_s": 600.0, "max_pause_s": 600.0}
+NOT_AGAIN: Pauses = {"first_pause_s": 600.0, "max_pause_s": 600.0}
 
 
 @asynccontextmanager
-async def guarded_r2(
-    server: FailingServer, *, pauses: dict[str, float], **options: Any
-) -> AsyncIterator[GuardedStore]:
+async def guarded_r2(server: FailingServer, *, pauses: Pauses, **options: Any) -> AsyncIterator[GuardedStore]:
     """R2 without retries of its own."""
     store = R2Store(server.endpoint, "s3-images", "key", "secret", **{"max_attempts": 1, **options})
     guarded = GuardedStore(store, **pauses)
@@ -50,7 +57,7 @@ async def guarded_r2(
 
 @asynccontextmanager
 async def guarded_supabase(
-    url: str, key: str, *, pauses: dict[str, float], retry: RetryPolicy = ONE_TRY
+    url: str, key: str, *, pauses: Pauses, retry: RetryPolicy = ONE_TRY
 ) -> AsyncIterator[GuardedTasks]:
     guarded = GuardedTasks(SupabaseTasks(url, key, retry=retry), **pauses)
     try:
@@ -164,7 +171,7 @@ async def test_a_server_that_is_killed_opens_it_at_once_and_it_closes_when_the_s
         for _ in range(2):
             with suppress(StorageUnavailable):
                 await get(store)
-        assert store.breaker.is_open and seen == [False]
+        assert seen == [False]
 
         await asyncio.to_thread(server.start)
         async with asyncio.timeout(30):
@@ -173,7 +180,7 @@ async def test_a_server_that_is_killed_opens_it_at_once_and_it_closes_when_the_s
                     assert await get(store) == b"1"
                     break
                 await asyncio.sleep(0.01)
-        assert not store.breaker.is_open and seen == [False, True]
+        assert seen == [False, True]
         await store.aclose()
 
 
@@ -327,11 +334,15 @@ async def test_conflicts_and_missing_rows_are_answers(stand_in: PostgrestStandIn
     mine = inputs(insert_task(dsn))
     async with guarded_supabase(stand_in.url, stand_in.secret_key, pauses=NOT_AGAIN) as tasks:
         await tasks.start(mine)
-        for _ in range(FAILURES_TO_OPEN):
-            with pytest.raises(TaskConflict):
-                await tasks.start(TaskInputs(mine.task_id, "user-1", "uploads/b.png", ("cat",), 0.5))
-            with pytest.raises(TaskNotFound):
-                await tasks.start(inputs(str(uuid.uuid4())))
+        others = TaskInputs(mine.task_id, "user-1", "uploads/b.png", ("cat",), 0.5)
+        answers = [(others, TaskConflict), (inputs(str(uuid.uuid4())), TaskNotFound)]
+        for task, answer in answers * FAILURES_TO_OPEN:
+            for _ in range(FAILURES_TO_OPEN - 1):
+                stand_in.faults.fail(1, status=503)
+                with pytest.raises(TaskStoreUnavailable):
+                    await tasks.get(mine.task_id)
+            with pytest.raises(answer):
+                await tasks.start(task)
         assert not tasks.breaker.is_open
 
 
@@ -413,6 +424,18 @@ async def test_an_outage_without_traffic_is_noticed_and_so_is_its_end(
     assert {request.method for request in server.requests} == {"HEAD"}
 
 
+async def test_an_outage_that_traffic_noticed_ends_without_traffic() -> None:
+    missing = server_that.s3_error(404, "NoSuchKey")
+    with failing_server(missing) as server:
+        async with guarded_r2(server, pauses=SOON) as store:
+            store.watch()
+            await until(lambda: len(server.requests) == 1)
+            server.behaviours[:] = [server_that.s3_error(503, "SlowDown")]
+            await fail_until_open(store, StorageUnavailable)
+            server.behaviours[:] = [missing]
+            await until(lambda: not store.breaker.is_open, breakers.IDLE_S / 3)
+
+
 async def test_calls_make_looks_of_our_own_unnecessary(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(breakers, "IDLE_S", 0.4)
     with failing_server(server_that.succeed(b"1")) as server:
@@ -432,14 +455,14 @@ class Down(Exception):
     """Of no library."""
 
 
-def _a_breaker() -> CircuitBreaker:
+def _a_breaker(first_pause_s: float = 600, max_pause_s: float = 600) -> CircuitBreaker:
     return CircuitBreaker(
         "it",
         failures=(Down,),
         answers=(KeyError,),
         refusal=Down,
-        first_pause_s=600,
-        max_pause_s=600,
+        first_pause_s=first_pause_s,
+        max_pause_s=max_pause_s,
         on_change=lambda is_up: None,
     )
 
@@ -450,6 +473,25 @@ async def test_a_bug_of_ours_says_nothing_about_the_dependency() -> None:
         with pytest.raises(error), breaker.attempt():
             raise error
     assert breaker.is_open
+
+
+async def test_a_look_that_fails_in_a_way_of_its_own_does_not_keep_the_event_loop_busy() -> None:
+    n_looks = 0
+
+    async def look() -> None:
+        nonlocal n_looks
+        n_looks += 1
+        raise ZeroDivisionError
+
+    breaker = _a_breaker(**SOON)
+    for _ in range(FAILURES_TO_OPEN):
+        with suppress(Down), breaker.attempt():
+            raise Down
+    watching = asyncio.create_task(breaker.watch(look))
+    await asyncio.sleep(0.5)
+    watching.cancel()
+    assert 1 <= n_looks <= 11
+    await asyncio.gather(watching, return_exceptions=True)
 
 
 def test_a_call_costs_next_to_nothing_while_all_is_well() -> None:

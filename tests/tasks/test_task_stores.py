@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tasks.breaker import GuardedTasks
 from tasks.errors import TaskConflict, TaskNotFound, TaskStoreUnavailable
 from tasks.local import LocalTasks
 from tasks.store import TaskInputs, TaskResult, TaskRow, TaskStore
@@ -50,11 +51,12 @@ class Backend:
         return replace(task, **changes)
 
 
-@pytest.fixture(params=["local", "stand_in_secret_key", "stand_in_legacy_key", "supabase_lite"])
+@pytest.fixture(params=["local", "guarded", "stand_in_secret_key", "stand_in_legacy_key", "supabase_lite"])
 async def backend(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Backend]:
     store: TaskStore
-    if request.param == "local":
-        store = LocalTasks(tmp_path / "tasks.sqlite3")
+    if request.param in ("local", "guarded"):
+        local = LocalTasks(tmp_path / "tasks.sqlite3")
+        store = GuardedTasks(local) if request.param == "guarded" else local
         backend = Backend(store, lambda: str(uuid.uuid4()), makes_rows=True)
     else:
         is_lite, is_legacy = request.param == "supabase_lite", request.param == "stand_in_legacy_key"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sam3_runner.images import ImageLimits
+from sam3_runner.images import ImageLimits, ModelImage, open_for_model
 from storage import ImageUrls, ObjectStore
 from storage.errors import StorageTimeout, StorageUnavailable
 from tasks.errors import TaskStoreTimeout, TaskStoreUnavailable
@@ -67,6 +67,16 @@ def iou(png: bytes, truth: np.ndarray) -> float:
 
 def code_of(error: BaseException) -> tuple[str, str]:
     return type(error).__name__, f"told: {error}"
+
+
+@dataclass(frozen=True)
+class ThreadDecoder:
+    """Decodes in a thread: what a pipeline does with an image is the same wherever it was decoded."""
+
+    limits: ImageLimits
+
+    async def open_for_model(self, data: bytes, input_size_px: int) -> ModelImage:
+        return await asyncio.to_thread(open_for_model, data, input_size_px, self.limits)
 
 
 class RunnerDied(Exception):
@@ -149,6 +159,7 @@ class World:
             "urls": ImageUrls.for_r2(
                 endpoint="http://127.0.0.1:9", bucket="s3-images", public_url=PUBLIC_URL
             ),
+            "decoder": ThreadDecoder(changes.get("limits", ImageLimits())),
             "limits": ImageLimits(),
             "codec_pool": self.pool,
         }

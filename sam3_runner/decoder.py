@@ -1,0 +1,334 @@
+"""The processes in which images are decoded: a template, and the children that are forked from it.
+
+    python -P -m sam3_runner.decoder MAX_BYTES MAX_PIXELS CPU_S MEMORY_BYTES     # started by `sam3_runner.sandbox`
+
+The template imports all that decoding needs, once, and then only forks, kills and buries children when it is told
+to over the socket that is its standard input. It never sees a byte of an image and has a single thread, so that
+a fork of it is whole. A child takes one image after another over a socket of its own. Image and pixels lie in memory
+that it shares with whoever asks; over the socket go fixed-size headers and the text of errors, nothing that could
+run where it is read.
+
+    asker → template   COMMAND, with the child's socket and memory as file descriptors if it is to fork
+    template → asker   ENDED
+    child → asker      READY once, then one REPLY, with a text if it is an error, per request
+    asker → child      REQUEST
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import io
+import math
+import mmap
+import os
+import resource
+import select
+import signal
+import socket
+import struct
+import sys
+import sysconfig
+import traceback
+from enum import IntEnum
+from pathlib import Path
+from typing import Final, NoReturn
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from sam3_runner.errors import ImageError, ImageTooLarge, UndecodableImage, UnsupportedImage
+from sam3_runner.images import READABLE_FORMATS, ImageLimits, decode_for_model, probe_image
+from sam3_runner.landlock import give_up_all_but_reading
+
+# --- what goes over the sockets -----------------------------------------------------------------------------
+
+FORK: Final = b"F"
+KILL: Final = b"K"
+COMMAND: Final = struct.Struct("<cI")  # what to do; the child's number
+ENDED: Final = struct.Struct(
+    "<Ii"
+)  # the child's number; its exit code, or the signal that ended it, negative
+READY: Final = b"ready"
+
+PROBE: Final = b"P"
+DECODE: Final = b"D"
+REQUEST: Final = struct.Struct(
+    "<IcQI"
+)  # its number; what to do; bytes of the file; side of the model's input
+REPLY: Final = struct.Struct(
+    "<IBBII"
+)  # the request's number; an `Outcome`; index of the format; height and width
+MAX_TEXT_BYTES: Final = 4096
+
+
+class Outcome(IntEnum):
+    """What a request came to."""
+
+    DONE = 0
+    UNSUPPORTED = 1
+    UNDECODABLE = 2
+    TOO_LARGE = 3
+    OUT_OF_MEMORY = 4
+    BUG = 5
+
+
+Answer = tuple[Outcome, int, int, int]  # a reply but for its number
+
+IMAGE_ERRORS: Final[dict[Outcome, type[ImageError]]] = {
+    Outcome.UNSUPPORTED: UnsupportedImage,
+    Outcome.UNDECODABLE: UndecodableImage,
+    Outcome.TOO_LARGE: ImageTooLarge,
+}
+
+# The shared memory: pixels first, then the file. Pages that nobody touched take nothing.
+MAX_INPUT_SIZE_PX: Final = 4096
+FILE_AT: Final = 3 * MAX_INPUT_SIZE_PX**2
+
+# Files above this size give their pages back; below it the next file finds them there.
+_KEPT_BYTES: Final = 8 << 20
+
+_MAX_OPEN_FILES: Final = 16
+_ADDRESS_SPACE_SLACK: Final = (
+    512 << 20
+)  # what is mapped but not written to: stacks, arenas, the shared memory
+
+_PR_SET_PDEATHSIG: Final = 1  # <linux/prctl.h>
+_PR_SET_NO_NEW_PRIVS: Final = 38
+
+
+# --- the template -------------------------------------------------------------------------------------------
+
+
+class Template:
+    """Forks, kills and buries children.
+
+    Args:
+        control: To whoever asks. At its end everything ends.
+        limits: Of image files.
+        cpu_s: Of all threads of a child, for one image.
+        memory_bytes: That a child may take beyond what the template has.
+    """
+
+    def __init__(self, control: socket.socket, limits: ImageLimits, *, cpu_s: int, memory_bytes: int) -> None:
+        self._control = control
+        self._limits = limits
+        self._cpu_s = cpu_s
+        self._memory_bytes = memory_bytes
+        self._number_of: dict[int, int] = {}  # by process id
+
+    def run(self) -> None:
+        """Until the asker is gone; then no child is left."""
+        died, on_death = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # without a handler nothing is written to the pipe
+        signal.set_wakeup_fd(on_death)
+        waiting = select.poll()
+        waiting.register(self._control, select.POLLIN)
+        waiting.register(died, select.POLLIN)
+        with contextlib.suppress(ConnectionError):
+            while True:
+                ready = {fd for fd, _ in waiting.poll()}
+                if died in ready:
+                    os.read(died, 4096)
+                    self._bury()
+                if self._control.fileno() in ready and not self._obey():
+                    break
+        self._end_all()
+
+    def _obey(self) -> bool:
+        command, fds, _, _ = socket.recv_fds(self._control, COMMAND.size, 2)
+        if not command:
+            return False
+        what, number = COMMAND.unpack(command)
+        if what == FORK:
+            self._fork(number, *fds)
+        else:
+            self._kill(number)
+        return True
+
+    def _fork(self, number: int, channel_fd: int, memory_fd: int) -> None:
+        template_pid = os.getpid()
+        try:
+            pid = os.fork()
+            if pid == 0:
+                self._become_child(template_pid, channel_fd, memory_fd)
+            self._number_of[pid] = number
+        except OSError as error:  # no room for another process
+            self._control.send(ENDED.pack(number, error.errno or 1))
+        finally:
+            os.close(channel_fd)
+            os.close(memory_fd)
+
+    def _become_child(self, template_pid: int, channel_fd: int, memory_fd: int) -> NoReturn:
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _die_with_parent(template_pid)
+            _close_all_but(channel_fd, memory_fd)
+            with socket.socket(fileno=channel_fd) as channel:
+                child = Child(channel, memory_fd, self._limits, self._cpu_s)
+                _confine(self._memory_bytes)
+                os.dup2(0, 2)  # codecs write warnings there
+                child.serve()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()  # in the asker's log, if it could not even begin
+            os._exit(1)
+
+    def _kill(self, number: int) -> None:
+        for pid, known in self._number_of.items():  # not yet buried: the id cannot be anyone else's
+            if known == number:
+                os.kill(pid, signal.SIGKILL)
+
+    def _bury(self) -> None:
+        while self._number_of:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                return
+            self._control.send(ENDED.pack(self._number_of.pop(pid), os.waitstatus_to_exitcode(status)))
+
+    def _end_all(self) -> None:
+        for pid in self._number_of:
+            os.kill(pid, signal.SIGKILL)
+        for pid in self._number_of:
+            os.waitpid(pid, 0)
+
+
+def warm_up() -> None:
+    """Load what decoding loads when it is first done, so that children share it."""
+    one = np.zeros((16, 16, 3), np.uint8)
+    png = io.BytesIO()
+    Image.fromarray(one).save(png, "PNG")
+    for data in (png.getvalue(), simplejpeg.encode_jpeg(one)):
+        decode_for_model(data, 8)
+
+
+# --- a child ------------------------------------------------------------------------------------------------
+
+
+class Child:
+    """Decodes one image after another.
+
+    Args:
+        channel: To whoever asks.
+        memory_fd: The shared memory.
+        limits: Of image files.
+        cpu_s: Of all threads, for one image.
+    """
+
+    def __init__(self, channel: socket.socket, memory_fd: int, limits: ImageLimits, cpu_s: int) -> None:
+        self._channel = channel
+        self._memory_fd = memory_fd
+        self._memory = mmap.mmap(memory_fd, os.fstat(memory_fd).st_size)
+        self._limits = limits
+        self._cpu_s = cpu_s
+
+    def serve(self) -> None:
+        """Until the asker is gone."""
+        self._channel.send(READY)
+        while request := self._channel.recv(REQUEST.size):
+            self._grant_cpu_seconds()
+            number, what, size, input_size_px = REQUEST.unpack(request)
+            answer, text = self._answer(what, size, input_size_px)
+            self._channel.send(REPLY.pack(number, *answer) + text.encode(errors="replace")[-MAX_TEXT_BYTES:])
+            if text:
+                gc.collect()  # tracebacks are cycles, and hold what was half decoded
+
+    def _answer(self, what: bytes, size: int, input_size_px: int) -> tuple[Answer, str]:
+        try:
+            data = self._take_file(size)
+            if what == PROBE:
+                header = probe_image(data, self._limits)
+                return (Outcome.DONE, READABLE_FORMATS.index(header.format), *header.size_hw), ""
+            pixels, size_hw = decode_for_model(data, input_size_px, self._limits)
+            np.frombuffer(self._memory, np.uint8, pixels.size)[:] = pixels.ravel()
+            return (Outcome.DONE, 0, *size_hw), ""
+        except ImageError as error:
+            outcome = next(outcome for outcome, cls in IMAGE_ERRORS.items() if isinstance(error, cls))
+            return (outcome, 0, 0, 0), str(error)
+        except MemoryError:
+            return (Outcome.OUT_OF_MEMORY, 0, 0, 0), "out of memory"
+        except Exception:  # the edge of this process
+            return (Outcome.BUG, 0, 0, 0), traceback.format_exc()
+
+    def _take_file(self, size: int) -> bytes:
+        data = os.pread(self._memory_fd, size, FILE_AT)
+        if size > _KEPT_BYTES:
+            self._memory.madvise(mmap.MADV_REMOVE, FILE_AT, len(self._memory) - FILE_AT)
+        return data
+
+    def _grant_cpu_seconds(self) -> None:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        soft = math.ceil(used.ru_utime + used.ru_stime) + self._cpu_s
+        resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
+
+
+# --- confinement --------------------------------------------------------------------------------------------
+
+
+def _confine(memory_bytes: int) -> None:
+    """Bound what a codec gone wrong can take from others."""
+    with contextlib.suppress(OSError):  # if memory is short all the same, the kernel ends this process first
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    resource.setrlimit(resource.RLIMIT_DATA, (_mapped_bytes("VmData") + memory_bytes,) * 2)
+    limit = _mapped_bytes("VmSize") + memory_bytes + _ADDRESS_SPACE_SLACK
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_MAX_OPEN_FILES,) * 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    give_up_all_but_reading(_libraries())
+
+
+def _libraries() -> set[str]:
+    """Where Python looks for a module that is imported late."""
+    named = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    installed = {path for path in sys.path if path.endswith("-packages")}
+    return named | installed | {str(Path(__file__).parent), "/usr/lib", "/lib", "/lib64"}
+
+
+def _mapped_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def _die_with_parent(parent_pid: int) -> None:
+    _prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if os.getppid() != parent_pid:  # it went before we asked
+        os._exit(1)
+
+
+def _prctl(option: int, value: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl({option})")
+
+
+def _close_all_but(*kept: int) -> None:
+    """And but 0 and 1, which go nowhere already, and 2."""
+    begin = 3
+    for fd in sorted(kept):
+        os.closerange(begin, fd)
+        begin = fd + 1
+    os.closerange(begin, os.sysconf("SC_OPEN_MAX"))
+
+
+def main(arguments: list[str]) -> None:
+    """Be the template."""
+    max_bytes, max_pixels, cpu_s, memory_bytes = map(int, arguments)
+    # For whoever stops the service: it ends with the asker, whose requests it still has.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    with socket.socket(fileno=os.dup(0)) as control:
+        os.dup2(1, 0)  # nowhere, as standard output
+        warm_up()
+        _prctl(_PR_SET_PDEATHSIG, 0)  # from here on it sees the asker's end, and buries its children first
+        gc.collect()
+        gc.freeze()  # collections in children must not write to shared pages
+        Template(control, ImageLimits(max_bytes, max_pixels), cpu_s=cpu_s, memory_bytes=memory_bytes).run()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,533 @@
+"""Images are decoded in processes of their own: a file that crashes its codec, hangs in it or eats memory costs the
+one request that brought it.
+
+`sam3_runner.decoder` is the other side, and says how the two talk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import math
+import mmap
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import ClassVar, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from sam3_runner import decoder
+from sam3_runner.decoder import Outcome
+from sam3_runner.errors import UndecodableImage
+from sam3_runner.images import (
+    READABLE_FORMATS,
+    ImageHeader,
+    ImageLimits,
+    ModelImage,
+    check_bytes,
+    content_hash,
+)
+
+logger = logging.getLogger("sam3_runner")
+
+DEFAULT_TIMEOUT_S: Final = 20.0
+# Beyond the limits on what an image may hold: see `docs/decisions/0010-image-sandbox.md` for what was measured.
+_MEMORY_BASE_BYTES: Final = 256 << 20
+_MEMORY_BYTES_PER_PIXEL: Final = 24
+
+_START_DEADLINE_S: Final = 120.0  # to import torch, on a machine that is busy starting everything else too
+_RETRY_S: Final = 1.0
+_KILL_DEADLINE_S: Final = 5.0
+_REQUESTS_PER_CHILD: Final = 1000  # codecs leak, and a heap falls to pieces, against the same limit
+_INLINE_BYTES: Final = 1 << 18  # copied and hashed sooner than a thread wakes up
+
+# What the template sees of the environment: no secret of the service.
+_PASSED_ON: Final = ("PATH", "LD_LIBRARY_PATH", "LANG")
+_TEMPLATE_ENV: Final = {
+    # One image takes one core; and a process that has threads cannot be forked whole.
+    **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
+    "MALLOC_ARENA_MAX": "2",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
+
+class ImageSandbox:
+    """Reads image files in child processes, one image at a time in each.
+
+    Requests wait in a queue for a free child. A child that ends is replaced; what waits is not touched. The
+    request that it was busy with is tried once more in another, since whoever killed the child may not have been
+    the image. One of these belongs to one event loop, whose thread must outlive it.
+
+    Args:
+        limits: Of image files.
+        processes: How many children.
+        timeout_s: For one image, from when a child has it. Also the CPU seconds that it may take, rounded up.
+        memory_bytes: That decoding one image may take. Defaults to what the worst image within the limits needs.
+    """
+
+    _program: ClassVar[tuple[str, ...]] = ("-m", "sam3_runner.decoder")
+
+    def __init__(
+        self,
+        limits: ImageLimits,
+        *,
+        processes: int,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        memory_bytes: int | None = None,
+    ) -> None:
+        if processes < 1 or timeout_s <= 0:
+            raise ValueError(f"Expected a process and some time, got {processes} and {timeout_s} s.")
+        self._limits = limits
+        self._processes = processes
+        self._timeout_s = timeout_s
+        if memory_bytes is None:
+            memory_bytes = (
+                _MEMORY_BASE_BYTES + 2 * limits.max_bytes + _MEMORY_BYTES_PER_PIXEL * limits.max_pixels
+            )
+        self._memory_bytes = memory_bytes
+        self._template: _Template | None = None
+        self._template_lock = asyncio.Lock()
+        self._keepers: list[asyncio.Task[None]] = []
+        self._running: set[asyncio.Task[_Answer]] = set()
+        self._idle: asyncio.LifoQueue[_Child | None] = asyncio.LifoQueue()  # None: closed
+        self._has_children = False
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether children can be made, and one was."""
+        return self._has_children
+
+    def start(self) -> None:
+        """Begin to make the children; requests wait for them. Needs a running event loop."""
+        if not self._keepers:
+            self._keepers = [asyncio.create_task(self._keep_child()) for _ in range(self._processes)]
+
+    async def open_for_model(self, data: bytes, input_size_px: int) -> ModelImage:
+        """See `images.open_for_model`: the same results, the same errors.
+
+        Raises:
+            ImageError: as there; and `UndecodableImage` for what crashes its decoder, takes it too long or too much
+                memory.
+        """
+        if not 1 <= input_size_px <= decoder.MAX_INPUT_SIZE_PX:
+            raise ValueError(f"Expected a side of 1 to {decoder.MAX_INPUT_SIZE_PX}, got {input_size_px}.")
+        check_bytes(data, self._limits)
+        hashing = asyncio.create_task(_hash(data))
+        try:
+            answer = await self._ask(decoder.DECODE, data, input_size_px)
+        finally:
+            # Not taken from the child: whoever has taken one over must not say what other images are.
+            digest = await hashing
+        assert answer.pixels is not None
+        return ModelImage(answer.pixels, answer.size_hw, digest)
+
+    async def probe(self, data: bytes) -> ImageHeader:
+        """See `images.probe_image`: the same results, the same errors.
+
+        Raises:
+            ImageError: as there; and as `open_for_model`.
+        """
+        check_bytes(data, self._limits)
+        answer = await self._ask(decoder.PROBE, data, 0)
+        return ImageHeader(READABLE_FORMATS[answer.kind], answer.size_hw)
+
+    async def aclose(self) -> None:
+        """End all processes. What still waits or runs fails."""
+        self._idle.put_nowait(None)
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        if self._template is not None:
+            await self._template.aclose()
+        await asyncio.gather(*self._running, return_exceptions=True)
+
+    # --- requests
+
+    async def _ask(self, what: bytes, data: bytes, input_size_px: int) -> _Answer:
+        self.start()
+        deaths = 0
+        while deaths < 2:
+            child = await self._take()
+            # A caller that gives up leaves the child busy, not in an unknown state.
+            task = asyncio.create_task(self._use(child, what, data, input_size_px))
+            self._running.add(task)
+            task.add_done_callback(self._forget)
+            try:
+                return await asyncio.shield(task)
+            except _NotHanded:
+                continue
+            except _ChildEnded as error:
+                if error.exit_code == -signal.SIGXCPU:
+                    raise self._too_slow() from error
+                deaths += 1
+        raise UndecodableImage(
+            "The image makes its decoder crash: it is damaged, or not made in good faith. "
+            "Open it in an ordinary program, save it anew and send that."
+        )
+
+    async def _use(self, child: _Child, what: bytes, data: bytes, input_size_px: int) -> _Answer:
+        is_fit = False
+        try:
+            message = await child.ask(what, data, input_size_px, self._timeout_s)
+            outcome, answer, text = _read_reply(message, child.served, self._limits)
+            if outcome == Outcome.DONE and what == decoder.DECODE:
+                answer.pixels = child.read_pixels(input_size_px)
+            is_fit = (
+                outcome not in (Outcome.OUT_OF_MEMORY, Outcome.BUG) and child.served < _REQUESTS_PER_CHILD
+            )
+        except TimeoutError as error:
+            raise self._too_slow() from error
+        finally:
+            if is_fit:
+                self._idle.put_nowait(child)
+            else:
+                child.kill()
+        if outcome == Outcome.OUT_OF_MEMORY:
+            raise UndecodableImage(
+                f"Decoding the image takes more than {self._memory_bytes >> 20:,} MB of memory. "
+                "Scale it down, or save it as an ordinary JPEG or PNG."
+            )
+        if outcome == Outcome.BUG:
+            raise RuntimeError(f"the image decoder failed:\n{text}")
+        if outcome != Outcome.DONE:
+            raise decoder.IMAGE_ERRORS[outcome](text)
+        return answer
+
+    async def _take(self) -> _Child:
+        while True:
+            child = await self._idle.get()
+            if child is None:
+                self._idle.put_nowait(None)  # for the next one who waits
+                raise RuntimeError("the image sandbox is closed")
+            if not child.ended.done():
+                return child
+
+    def _too_slow(self) -> UndecodableImage:
+        return UndecodableImage(
+            f"Decoding the image takes longer than {self._timeout_s:g} seconds. "
+            "Scale it down, or save it as an ordinary JPEG or PNG."
+        )
+
+    def _forget(self, task: asyncio.Task[_Answer]) -> None:
+        self._running.discard(task)
+        if not task.cancelled():
+            task.exception()  # seen, even if the caller has given up
+
+    # --- children
+
+    async def _keep_child(self) -> None:
+        while True:
+            try:
+                child = await self._new_child()
+            except (_ChildEnded, TimeoutError, OSError) as error:
+                self._has_children = False
+                logger.error("an image decoder cannot be started: %r", error)
+                await asyncio.sleep(_RETRY_S)
+                continue
+            self._has_children = True
+            self._idle.put_nowait(child)
+            exit_code = await asyncio.shield(child.ended)  # not to cancel it
+            if not child.was_killed:
+                logger.warning("an image decoder ended: %s", _how(exit_code))
+
+    async def _new_child(self) -> _Child:
+        async with self._template_lock:
+            if self._template is None or self._template.is_gone:
+                if self._template is not None:
+                    await self._template.aclose()
+                self._template = _Template(self._program, self._arguments())
+        child = self._template.fork(self._limits.max_bytes)
+        try:
+            async with asyncio.timeout(_START_DEADLINE_S):
+                if await child.receive() != decoder.READY:
+                    raise _ChildEnded(None)
+            self._template.is_up = True
+        except BaseException:
+            child.kill()
+            raise
+        return child
+
+    def _arguments(self) -> tuple[str, ...]:
+        numbers = (
+            self._limits.max_bytes,
+            self._limits.max_pixels,
+            math.ceil(self._timeout_s),
+            self._memory_bytes,
+        )
+        return tuple(map(str, numbers))
+
+
+class _NotHanded(Exception):
+    """The child was gone before it had the request."""
+
+
+class _ChildEnded(Exception):
+    """The child is gone, or of no more use.
+
+    Attributes:
+        exit_code: As `subprocess.Popen.returncode`; None if nobody knows.
+    """
+
+    def __init__(self, exit_code: int | None) -> None:
+        super().__init__(_how(exit_code))
+        self.exit_code = exit_code
+
+
+@dataclass(slots=True)
+class _Answer:
+    kind: int
+    size_hw: tuple[int, int]
+    pixels: npt.NDArray[np.uint8] | None = None
+
+
+def _read_reply(message: bytes, request: int, limits: ImageLimits) -> tuple[Outcome, _Answer, str]:
+    """What a child says, believed only as far as it can be true."""
+    try:
+        number, code, kind, height, width = decoder.REPLY.unpack_from(message)
+        outcome = Outcome(code)
+    except (struct.error, ValueError) as error:
+        raise _ChildEnded(None) from error
+    fits = kind < len(READABLE_FORMATS) and height and width and height * width <= limits.max_pixels
+    if number != request or (outcome == Outcome.DONE and not fits):
+        raise _ChildEnded(None)
+    text = message[decoder.REPLY.size :].decode(errors="replace")
+    return outcome, _Answer(kind, (height, width)), text
+
+
+class _Child:
+    """One child as its asker sees it; one request at a time.
+
+    Attributes:
+        ended: Its exit code, once it has ended; None if nobody knows.
+        was_killed: By us.
+        served: How many requests it has had; the number of the last.
+    """
+
+    def __init__(self, template: _Template, number: int, channel: socket.socket, memory_fd: int) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._template = template
+        self._number = number
+        self._channel = channel
+        self._memory_fd = memory_fd
+        self._message: asyncio.Future[bytes] = self._loop.create_future()  # the next one that is expected
+        self.ended: asyncio.Future[int | None] = self._loop.create_future()
+        self.was_killed = False
+        self.served = 0
+        self._loop.add_reader(channel, self._on_readable)
+
+    async def ask(self, what: bytes, data: bytes, input_size_px: int, timeout_s: float) -> bytes:
+        """Hand a request over and wait for the reply."""
+        await self._write(data)
+        if self.ended.done():
+            raise _NotHanded
+        self._message = self._loop.create_future()
+        self.served += 1
+        try:
+            self._channel.send(decoder.REQUEST.pack(self.served, what, len(data), input_size_px))
+        except OSError as error:
+            raise _NotHanded from error
+        async with asyncio.timeout(timeout_s):
+            return await self.receive()
+
+    async def receive(self) -> bytes:
+        """The message that is due."""
+        return await self._message
+
+    def read_pixels(self, input_size_px: int) -> npt.NDArray[np.uint8]:
+        """(S, S, 3) as the child has left them, in memory of their own."""
+        if self.ended.done():
+            raise _ChildEnded(self.ended.result())
+        pixels = np.empty((input_size_px, input_size_px, 3), np.uint8)
+        if os.preadv(self._memory_fd, [pixels], 0) != pixels.nbytes:
+            raise _ChildEnded(None)
+        return pixels
+
+    def kill(self) -> None:
+        """Now, and surely: with the template if it does not obey."""
+        self.was_killed = True
+        if not self.ended.done():
+            self._template.kill_child(self._number)
+            self._loop.call_later(_KILL_DEADLINE_S, self._kill_template)
+
+    def end(self, exit_code: int | None) -> None:
+        """It has ended; from here on nothing of it is touched."""
+        self._loop.remove_reader(self._channel)
+        self._channel.close()
+        os.close(self._memory_fd)
+        self.ended.set_result(exit_code)
+        if not self._message.done():
+            self._message.set_exception(_ChildEnded(exit_code))
+            self._message.exception()  # seen, even if nobody waits
+
+    async def _write(self, data: bytes) -> None:
+        if self.ended.done():
+            raise _NotHanded
+        if len(data) <= _INLINE_BYTES:
+            _write_all(self._memory_fd, data)
+        else:  # to a file descriptor of its own: ours may be closed, and another file's, by the time it writes
+            await asyncio.to_thread(_write_and_close, os.dup(self._memory_fd), data)
+
+    def _on_readable(self) -> None:
+        try:
+            message = self._channel.recv(decoder.REPLY.size + decoder.MAX_TEXT_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            message = b""
+        if not message:
+            self._loop.remove_reader(self._channel)  # the template will say how it ended
+        elif self._message.done():
+            self.kill()  # nobody asked it anything
+        else:
+            self._message.set_result(message)
+
+    def _kill_template(self) -> None:
+        if not self.ended.done():
+            self._template.kill()
+
+
+class _Template:
+    """The process that children are forked from, as its asker sees it.
+
+    Attributes:
+        is_up: It has imported what it needs, and so hears what it is told.
+        is_gone: It has ended, and its children with it.
+    """
+
+    def __init__(self, program: tuple[str, ...], arguments: tuple[str, ...]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._numbers = count()
+        self._children: dict[int, _Child] = {}
+        self.is_up = self.is_gone = False
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.setblocking(False)
+        # Here and not in a thread: the kernel ends it with the thread that has started it.
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", *program, *arguments],
+                stdin=theirs,
+                stdout=subprocess.DEVNULL,
+                env=_template_env(),
+                cwd="/",
+                start_new_session=True,
+            )
+        self._loop.add_reader(self._control, self._on_readable)
+
+    def fork(self, max_bytes: int) -> _Child:
+        """Have a child made; it says when it is ready.
+
+        Args:
+            max_bytes: Of the largest file.
+        """
+        number = next(self._numbers)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        memory_fd = _shared_memory(decoder.FILE_AT + max_bytes)
+        child = self._children[number] = _Child(self, number, ours, memory_fd)
+        with theirs:
+            self._command(decoder.FORK, number, theirs.fileno(), memory_fd)
+        return child
+
+    def kill_child(self, number: int) -> None:
+        """Have a child killed."""
+        self._command(decoder.KILL, number)
+
+    def kill(self) -> None:
+        """The template itself, and so all its children."""
+        self._process.kill()
+
+    async def aclose(self) -> None:
+        """End it and its children, and see that no zombie is left."""
+        self._lose()
+        if not self.is_up:
+            self._process.kill()
+        try:
+            await asyncio.to_thread(self._process.wait, _KILL_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            await asyncio.to_thread(self._process.wait)
+
+    def _command(self, what: bytes, number: int, *fds: int) -> None:
+        if self.is_gone:
+            return
+        with contextlib.suppress(ConnectionError):  # its end of the control socket says so too
+            socket.send_fds(self._control, [decoder.COMMAND.pack(what, number)], fds)
+
+    def _on_readable(self) -> None:
+        for message in self._messages():
+            number, exit_code = decoder.ENDED.unpack(message)
+            self._children.pop(number).end(exit_code)
+
+    def _messages(self) -> Iterator[bytes]:
+        while not self.is_gone:
+            try:
+                message = self._control.recv(decoder.ENDED.size)
+            except BlockingIOError:
+                return
+            except OSError:
+                message = b""
+            if not message:
+                return self._lose()
+            yield message
+
+    def _lose(self) -> None:
+        if self.is_gone:
+            return
+        self.is_gone = True
+        self._loop.remove_reader(self._control)
+        self._control.close()
+        for child in self._children.values():
+            child.end(None)
+        self._children.clear()
+
+
+async def _hash(data: bytes) -> bytes:
+    if len(data) <= _INLINE_BYTES:
+        return content_hash(data)
+    return await asyncio.to_thread(content_hash, data)
+
+
+def _template_env() -> dict[str, str]:
+    passed_on = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    # It must find what this process finds, wherever this one was started from.
+    path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+    return {**passed_on, **_TEMPLATE_ENV, "PYTHONPATH": path}
+
+
+def _shared_memory(size: int) -> int:
+    """A file in memory that nobody can make shorter: reading it cannot fail."""
+    fd = os.memfd_create("image", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, math.ceil(size / mmap.PAGESIZE) * mmap.PAGESIZE)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return fd
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    rest, at = memoryview(data), decoder.FILE_AT
+    while rest:
+        written = os.pwrite(fd, rest, at)
+        rest, at = rest[written:], at + written
+
+
+def _write_and_close(fd: int, data: bytes) -> None:
+    try:
+        _write_all(fd, data)
+    finally:
+        os.close(fd)
+
+
+def _how(exit_code: int | None) -> str:
+    """The end of a process, for the log."""
+    if exit_code is None:
+        return "nobody knows how"
+    return f"status {exit_code}" if exit_code >= 0 else signal.Signals(-exit_code).name
