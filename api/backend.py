@@ -27,10 +27,10 @@ from sam3_runner.images import ImageLimits
 from sam3_runner.sandbox import ImageSandbox
 from sam3_runner.text import PromptChecker
 from storage import ImageUrls, ObjectStore
-from storage.errors import StorageError, StorageTimeout, StorageUnavailable
+from storage.errors import StorageError, StorageRefused, StorageTimeout, StorageUnavailable
 from storage.keys import PARTIAL_PREFIX
 from storage.local import LocalStore
-from tasks.breaker import CircuitBreaker, GuardedStore, GuardedTasks
+from tasks.breaker import MAX_TOLD_PAUSE_S, CircuitBreaker, GuardedStore, GuardedTasks
 from tasks.errors import JournalUnavailable, TaskError, TaskStoreTimeout, TaskStoreUnavailable, WorkerStops
 from tasks.executor import RetryRules, TaskExecutor
 from tasks.journal import Journal
@@ -205,6 +205,8 @@ def retry_rules(watch: RunnerWatch, storage: CircuitBreaker, rows: CircuitBreake
     """What passes by itself, and when to look again."""
 
     async def pause(error: BaseException, seconds: float) -> None:
+        told_s: float = getattr(error, "retry_after_s", None) or 0.0
+        seconds = max(seconds, min(told_s, MAX_TOLD_PAUSE_S))
         if isinstance(error, ModelNotReady | RunnerLost):
             await watch.pause(seconds)
         elif isinstance(error, StorageError):
@@ -215,8 +217,10 @@ def retry_rules(watch: RunnerWatch, storage: CircuitBreaker, rows: CircuitBreake
             await asyncio.sleep(seconds)
 
     suspicious = (RunnerLost, RunnerTimedOut)
-    passing = (StorageUnavailable, StorageTimeout, TaskStoreUnavailable, TaskStoreTimeout, ModelNotReady)
-    return RetryRules(passing=(*passing, *suspicious), suspicious=suspicious, pause=pause)
+    # A refused key too: whoever mends it within the deadline loses nothing.
+    storage_errors = (StorageUnavailable, StorageRefused, StorageTimeout)
+    passing = (*storage_errors, TaskStoreUnavailable, TaskStoreTimeout, ModelNotReady, *suspicious)
+    return RetryRules(passing, suspicious, pause)
 
 
 def make_journal(settings: Settings) -> Journal:

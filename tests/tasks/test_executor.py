@@ -91,6 +91,13 @@ async def until_true(claim: Any) -> None:
     await until(ask, "what the test waits for")
 
 
+async def end(*callers: asyncio.Task[Any]) -> None:
+    """Of callers of a process that died, whatever they heard."""
+    for caller in callers:
+        caller.cancel()
+    await asyncio.gather(*callers, return_exceptions=True)
+
+
 async def die(world: World) -> None:
     """What a killed worker leaves: entries whose owner is gone."""
     await world.journal.aclose()
@@ -563,10 +570,9 @@ async def test_a_task_of_a_dead_process_is_taken_over_and_done(any_world: World,
     async with another_process(any_world, tmp_path) as other:
         other.start()
         await until_status(any_world, job, "done")
-        view = await other.look(job.task_id)
-        assert (view.attempts, view.status) == (2, "done")
+        assert (await other.look(job.task_id)).attempts == 2
     assert any_world.counts.takeovers == 1
-    waiting.cancel()
+    await end(waiting)
 
 
 async def test_a_computed_task_of_a_dead_process_is_delivered_and_not_computed_again(
@@ -588,7 +594,7 @@ async def test_a_computed_task_of_a_dead_process_is_delivered_and_not_computed_a
     assert row.labels == ("red",)
     assert row.metadata["inference_time_ms"] == 0.01
     assert len(embedded.runner.calls) == 1
-    waiting.cancel()
+    await end(waiting)
 
 
 async def test_a_failure_that_a_dead_process_did_not_tell_is_told(embedded: World, tmp_path: Path) -> None:
@@ -608,7 +614,7 @@ async def test_a_failure_that_a_dead_process_did_not_tell_is_told(embedded: Worl
         assert row.metadata["error"]["code"] == "ObjectNotFound"
         with pytest.raises(ObjectNotFound):  # asked for again, it is tried again
             await embedded.run(job, other)
-    waiting.cancel()
+    await end(waiting)
 
 
 async def test_a_task_that_kills_each_process_is_given_up(embedded: World, tmp_path: Path) -> None:
@@ -643,8 +649,7 @@ async def test_a_task_that_kills_each_process_is_given_up(embedded: World, tmp_p
         row = await until_status(embedded, poison, "error")
         assert row.metadata["error"]["code"] == "TaskGaveUp"
     assert len(embedded.runner.calls) == MAX_ATTEMPTS
-    for task in waiting:
-        task.cancel()
+    await end(*waiting)
 
 
 async def test_a_task_in_which_the_model_dies_each_time_is_given_up_and_its_neighbours_are_done(
