@@ -1,7 +1,7 @@
 # `make demo` on a bare machine (Linux, Python 3.11 or newer, git, make) does everything itself.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve weights test test-all check fix bench parity bento audit pins
+.PHONY: help install demo serve weights test test-all chaos soak check fix bench parity bento audit pins
 
 BIN := .venv/bin
 # Set on make's command line alone: some systems export HOST, and that must not open the service to the network.
@@ -34,6 +34,12 @@ test: install ## The tests (ARGS="-k urls" for some of them)
 
 test-all: install ## The slow ones too
 	@$(BIN)/python -m pytest $(ARGS)
+
+chaos: install ## Kill it, cut it off, fill its disk, and count what is lost: 15 minutes (see tests/chaos)
+	@CHAOS=full CHAOS_TABLE=bench/results/chaos OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/chaos $(ARGS)
+
+soak: install ## Half an hour at twice what it can do (ARGS="--minutes 3" for less)
+	@$(BIN)/python -m bench.soak $(ARGS)
 
 check: install ## Lint, format, types, import directions; writes nothing
 	@$(BIN)/ruff check .

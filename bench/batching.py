@@ -56,6 +56,7 @@ class System:
         path: Where the load goes.
         variables: Of its environment, beside the ones of this process.
         is_ours: Errors of ours make the run fail.
+        root: Where it is started.
     """
 
     name: str
@@ -63,6 +64,7 @@ class System:
     path: str = "/predict"
     variables: dict[str, str] = field(default_factory=dict)
     is_ours: bool = True
+    root: Path = ROOT
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def served(system: System, log: Path) -> Iterator[tuple[int, psutil.Process]]:
     variables = {**embedded_defaults(), "BENTOML_DO_NOT_TRACK": "true", **system.variables}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=variables, stdout=output, stderr=output, start_new_session=True
+            command, cwd=system.root, env=variables, stdout=output, stderr=output, start_new_session=True
         )
         try:
             yield port, psutil.Process(process.pid)

@@ -430,11 +430,12 @@ class TaskExecutor:
             return await self._pipeline.compute(run.work, self._attempt(run))
         async with self._places:
             run.has_begun = True
-            await self._begin(run, MAX_ATTEMPTS)
-            if run.entry.attempts < SUSPECT_FROM_ATTEMPT:
+            if run.entry.attempts + 1 < SUSPECT_FROM_ATTEMPT:
+                await self._begin(run, MAX_ATTEMPTS)
                 return await self._pipeline.compute(run.work, self._attempt(run))
-            async with self._alone:
+            async with self._alone:  # and not begun before: what still waits is not to blame for what happens
                 run.is_alone = True
+                await self._begin(run, MAX_ATTEMPTS)
                 return await self._pipeline.compute(run.work, self._attempt(run))
 
     async def _begin(self, run: _Run, most: int) -> None:

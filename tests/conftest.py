@@ -49,6 +49,8 @@ def wait_until(ask: Callable[[], T | None], deadline_s: float, what: str, log: C
 class Served:
     """One `bentoml serve service:S3Backend`, with all its processes.
 
+    Started again over the same `home` it finds its data, and its log goes on.
+
     Attributes:
         port: On which it listens.
         url: `http://127.0.0.1:PORT`.
@@ -57,23 +59,33 @@ class Served:
         data_dir: `S3_DATA_DIR`.
     """
 
-    def __init__(self, home: Path, env: Mapping[str, str], arguments: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        home: Path,
+        env: Mapping[str, str],
+        arguments: tuple[str, ...] = (),
+        *,
+        target: str = "service:S3Backend",
+        port: int | None = None,
+        within: tuple[str, ...] = (),
+    ) -> None:
         home.mkdir(parents=True, exist_ok=True)
         self.data_dir = home / "data"
         self.key = env["API_SECRET_KEY"].split(",")[0] if "API_SECRET_KEY" in env else None
-        self.port = free_port()
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         headers = {} if self.key is None else {"X-API-Key": self.key}
         self.client = httpx.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False)
         self._log = home / "log"
         command = [
+            *within,
             Path(sysconfig.get_path("scripts")) / "bentoml",
             "serve",
-            "service:S3Backend",
+            target,
             "--port",
             str(self.port),
         ]
-        with self._log.open("wb") as log:
+        with self._log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*map(str, command), *arguments],
                 cwd=ROOT,

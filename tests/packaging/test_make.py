@@ -20,6 +20,8 @@ TARGETS = (
     "weights",
     "test",
     "test-all",
+    "chaos",
+    "soak",
     "check",
     "fix",
     "bench",

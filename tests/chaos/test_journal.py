@@ -1,0 +1,128 @@
+"""The journal's disk is full, or its file damaged: new work is refused with a reason, and nothing loops or is lost."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.chaos.conftest import ENV, Told
+from tests.chaos.edge import Edge
+from tests.chaos.judge import Story, judge, wait_quiet
+from tests.chaos.kept import Kept
+from tests.chaos.world import API_KEY, RowWatch, Task, World
+
+DISK_BYTES = 4_000_000
+REFUSED_AFTER_AT_MOST = 400  # tasks: the journal uses up the room that it has already
+# A file system of its own for the journal, in a mount namespace of its own: nobody else's disk is full.
+IN_NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount")
+MOUNT = f'mount -t tmpfs -o size={DISK_BYTES} tmpfs "$0" && exec "$@"'
+
+
+@pytest.fixture(scope="module")
+def _namespaces() -> None:
+    done = subprocess.run([*IN_NAMESPACE, "true"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"CI must have user namespaces: {done.stderr}")
+        pytest.skip(f"no user namespaces here: {done.stderr.strip()}")
+
+
+@pytest.fixture(scope="module")
+def kept(_namespaces: None, shared_world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
+    home = tmp_path_factory.mktemp("kept")
+    journal = home / "data" / "journal"
+    journal.mkdir(parents=True)
+    within = (*IN_NAMESPACE, "sh", "-c", MOUNT, str(journal))
+    with Kept(home, {**shared_world.env, **ENV}, within=within) as running:
+        yield running
+
+
+class Disk:
+    """The journal's, as seen from outside of its namespace."""
+
+    def __init__(self, kept: Kept) -> None:
+        journal = kept.service.data_dir / "journal"
+        self._filler = Path(f"/proc/{kept.service.process.pid}/root{journal}/filler")
+
+    def fill(self) -> None:
+        """To the last byte."""
+        with self._filler.open("wb", buffering=0) as file:
+            try:
+                for _ in range(DISK_BYTES):
+                    file.write(bytes(4096))
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+
+    def free(self) -> None:
+        """There is room again."""
+        self._filler.unlink()
+
+
+def first_refusal(kept: Kept, tasks: list[Task]) -> tuple[int, httpx.Response]:
+    """Sends tasks until one is refused: how many were accepted, and the refusal."""
+    with httpx.Client(
+        base_url=kept.url, headers={"X-API-Key": API_KEY, "Prefer": "respond-async"}, trust_env=False
+    ) as client:
+        for number, task in enumerate(tasks):
+            response = client.post(task.path, json=task.body, timeout=30)
+            if response.status_code not in (202, 429):
+                return number, response
+    pytest.fail(f"{len(tasks)} tasks were accepted on a disk that is full")
+
+
+def pids(kept: Kept) -> set[int]:
+    return {process.pid for role in ("supervisor", "web", "runner") for process in kept.of_role(role)}
+
+
+def test_a_full_disk_refuses_new_work_until_there_is_room_again(world: World, kept: Kept, told: Told) -> None:
+    tasks, story = world.tasks(REFUSED_AFTER_AT_MOST, seed=400, asynchronous=1.0, batches=0.0), Story()
+    before, disk = pids(kept), Disk(kept)
+    disk.fill()
+    try:
+        accepted, refusal = first_refusal(kept, tasks)
+        assert (refusal.status_code, refusal.json()["error"]["code"]) == (503, "JOURNAL_UNAVAILABLE")
+        assert int(refusal.headers["Retry-After"]) >= 1
+        assert world.status(tasks[accepted]) == "pending"
+        assert httpx.get(f"{kept.url}/livez", trust_env=False).status_code == 200
+    finally:
+        disk.free()
+    sent = tasks[: accepted + 1]
+    with RowWatch(world) as watch:  # the Edge's patience: all of them once more
+        story.answers = Edge(kept.url, watch, patience_s=60).carry_out(sent, 4)
+    wait_quiet(world, sent, 60)
+    story.end(kept.log())
+    verdict = judge("the journal's disk is full", world, sent, story)
+    told(verdict)
+    assert verdict.done == len(sent)
+    assert pids(kept) == before
+
+
+def test_a_damaged_journal_is_put_aside_and_the_service_goes_on(
+    world: World, tmp_path: Path, told: Told
+) -> None:
+    first, second = (world.tasks(6, seed=seed) for seed in (401, 402))
+    env, story = {**world.env, **ENV}, Story()
+    with RowWatch(world) as watch, Kept(tmp_path, env) as healthy:
+        Edge(healthy.url, watch, patience_s=60).carry_out(first, 3)
+        wait_quiet(world, first, 30)
+    database = tmp_path / "data" / "journal" / "db" / "journal.sqlite"
+    for file in database.parent.iterdir():
+        file.write_bytes(random.Random(0).randbytes(max(4096, file.stat().st_size)))
+    with RowWatch(world) as watch, Kept(tmp_path, env) as damaged:
+        before = pids(damaged)
+        story.answers = Edge(damaged.url, watch, patience_s=60).carry_out(second, 3)
+        wait_quiet(world, second, 30)
+        story.end(damaged.log())
+        assert (pids(damaged), damaged.starts) == (before, 1)
+        assert "damaged" in damaged.log()
+    verdict = judge("the journal is damaged", world, [*first, *second], story)
+    told(verdict)
+    assert verdict.done == len(first) + len(second)

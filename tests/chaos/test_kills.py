@@ -1,0 +1,28 @@
+"""Processes of the service are killed with -9, at moments drawn over the run, while it works."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from tests.chaos.conftest import Size, Told
+from tests.chaos.edge import Edge, kinds_of
+from tests.chaos.judge import Story, judge, wait_quiet
+from tests.chaos.kept import Kept, Killer
+from tests.chaos.world import RowWatch, World
+
+SEED = 20261121
+
+
+@pytest.mark.timeout(900)
+def test_no_task_is_lost_while_processes_are_killed(world: World, kept: Kept, size: Size, told: Told) -> None:
+    count, kills = size.storm
+    tasks, story = world.tasks(count, SEED), Story()
+    with RowWatch(world) as watch, Killer(kept, watch, tasks=count, kills=kills, seed=SEED):
+        story.answers = Edge(kept.url, watch, patience_s=size.patience_s).carry_out(tasks, size.concurrency)
+    wait_quiet(world, tasks, 60)
+    print(kinds_of(story.answers), f"{kept.starts} starts", Counter(one.role for one in kept.kills))
+    story.end(kept.log(), kept.kills)
+    told(judge(f"kill -9 of any process, {size.concurrency} at a time", world, tasks, story))
+    assert len(kept.kills) == kills
