@@ -61,7 +61,7 @@ bento: install ## Build the bento
 	@$(BIN)/bentoml build
 
 audit: install ## Known vulnerabilities of the pinned packages, as PyPI tells them
-	@$(BIN)/uv tool run pip-audit --requirement requirements.txt --require-hashes --disable-pip --progress-spinner off $(ARGS)
+	@$(BIN)/uv tool run pip-audit==2.10.1 --requirement requirements.txt --require-hashes --disable-pip --progress-spinner off $(ARGS)
 
 # The pins in place are kept where they still fit: `make pins ARGS=--upgrade`, or ARGS="-P httpx", for newer ones.
 COMPILE := pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --annotation-style line

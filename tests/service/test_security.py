@@ -354,7 +354,7 @@ def test_the_runner_can_be_reached_by_its_own_user_only_and_unpickles_nothing_ei
             for said in (*PICKLED, None):
                 sent = headers if said is None else {**headers, "Content-Type": said}
                 answer = client.post(route, content=data, headers=sent)
+                assert not (tmp_path / "made").exists(), (route, said)
                 assert answer.status_code in (400, 415), (route, said)
         assert client.post("/info", json={}).json()["model_version"] == "demo"
-    assert not (tmp_path / "made").exists()
     assert local.client.get("/readyz").status_code == 200
