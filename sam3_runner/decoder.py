@@ -87,8 +87,9 @@ IMAGE_ERRORS: Final[dict[Outcome, type[ImageError]]] = {
 MAX_INPUT_SIZE_PX: Final = 4096
 FILE_AT: Final = 3 * MAX_INPUT_SIZE_PX**2
 
-# Files above this size give their pages back; below it the next file finds them there.
+# What a larger file or picture took is given back; what a smaller one took, the next finds there.
 _KEPT_BYTES: Final = 8 << 20
+_KEPT_PIXELS: Final = 16_000_000
 
 _MAX_OPEN_FILES: Final = 16
 _ADDRESS_SPACE_SLACK: Final = (
@@ -233,8 +234,9 @@ class Child:
             number, what, size, input_size_px = REQUEST.unpack(request)
             answer, text = self._answer(what, size, input_size_px)
             self._channel.send(REPLY.pack(number, *answer) + text.encode(errors="replace")[-MAX_TEXT_BYTES:])
-            if text:
+            if text or answer[2] * answer[3] > _KEPT_PIXELS:
                 gc.collect()  # tracebacks are cycles, and hold what was half decoded
+                _give_memory_back()
 
     def _answer(self, what: bytes, size: int, input_size_px: int) -> tuple[Answer, str]:
         try:
@@ -263,6 +265,13 @@ class Child:
         used = resource.getrusage(resource.RUSAGE_SELF)
         soft = math.ceil(used.ru_utime + used.ru_stime) + self._cpu_s
         resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
+
+
+def _give_memory_back() -> None:
+    """From the heap to the kernel, where the C library can: it keeps hundreds of megabytes otherwise."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 # --- confinement --------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ PROCESSES = 2
 # Of the plain run; the slow one goes on where it ends.
 FEW = 400
 MANY = int(os.environ.get("FUZZ_IMAGES", "5000"))
+LABELS = {"heif": "heic", "one": "one pixel wide"}
 # How the errors that only a sandbox gives begin or end.
 DEATHS = {"crash": "crashed", "takes longer": "too slow", "takes more": "too much memory"}
 
@@ -35,7 +36,8 @@ async def fuzz(numbers: Iterable[int]) -> Counter[tuple[str, str]]:
     async def work() -> None:
         for number in waiting:
             tried = mutant(number)
-            outcomes[tried.kind.partition("_")[0], await outcome_of(sandbox, tried)] += 1
+            kind = tried.kind.partition("_")[0]
+            outcomes[LABELS.get(kind, kind), await outcome_of(sandbox, tried)] += 1
 
     try:
         async with asyncio.TaskGroup() as group:

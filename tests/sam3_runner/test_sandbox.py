@@ -23,7 +23,7 @@ from sam3_runner import decoder
 from sam3_runner.errors import ImageError, UndecodableImage
 from sam3_runner.images import ImageLimits, ModelImage, open_for_model, probe_image
 from sam3_runner.sandbox import ImageSandbox
-from tests.sam3_runner import made_images
+from tests.sam3_runner import color_profiles, made_images
 from tests.sam3_runner.broken_codecs import ordered
 from tests.sam3_runner.made_images import KINDS, STRANGERS
 
@@ -353,6 +353,17 @@ class TestConfinement:
 
 @pytest.mark.slow
 class TestLargeImages:
+    async def test_the_hungriest_within_the_limits_is_decoded(self) -> None:
+        """WebP with alpha and a profile: 20 bytes a pixel."""
+        picture = Image.new("RGBA", (8192, 6100), (200, 40, 40, 128))
+        profile = color_profiles.rgb_profile("swapped")
+        data = made_images.save(picture, "WEBP", quality=70, alpha_quality=10, icc_profile=profile)
+        sandbox = ImageSandbox(ImageLimits(), processes=1, timeout_s=60)
+        try:
+            assert (await sandbox.open_for_model(data, 1008)).size_hw == (6100, 8192)
+        finally:
+            await sandbox.aclose()
+
     async def test_one_that_takes_more_memory_than_it_may_is_told_so(self, sandbox: ImageSandbox) -> None:
         limits = ImageLimits(max_pixels=20_000_000)
         tight = ImageSandbox(limits, processes=1, memory_bytes=100 << 20)
