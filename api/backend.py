@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -34,10 +35,13 @@ from tasks.breaker import MAX_TOLD_PAUSE_S, CircuitBreaker, GuardedStore, Guarde
 from tasks.errors import JournalUnavailable, TaskError, TaskStoreTimeout, TaskStoreUnavailable, WorkerStops
 from tasks.executor import RetryRules, TaskExecutor
 from tasks.journal import Journal
+from tasks.journal_salvage import salvage
 from tasks.local import LocalTasks
 from tasks.pipeline import Pipeline
 from tasks.store import TaskStore
 from tasks.supabase import SupabaseTasks
+
+_log = logging.getLogger(__name__)
 
 # Docker waits 10 s before it kills, unless told otherwise (docs/deploy.md does); the journal has what is not done.
 SHUTDOWN_GRACE_S = 25.0
@@ -226,6 +230,17 @@ def retry_rules(watch: RunnerWatch, storage: CircuitBreaker, rows: CircuitBreake
 def make_journal(settings: Settings) -> Journal:
     """The journal of accepted tasks, shared by all processes of this host."""
     return Journal(_journal_dir(settings))
+
+
+def mend_journal(settings: Settings) -> None:
+    """Before any worker has it open: put what can be read of a damaged journal into a new one.
+
+    A journal that cannot be mended now, on a full disk for instance, does not stop the start: whoever asks is told 503.
+    """
+    try:
+        salvage(_journal_dir(settings))
+    except JournalUnavailable as error:
+        _log.warning("the journal was not looked through at start: %s", error)
 
 
 def _health_of(breaker: CircuitBreaker) -> dict[str, str | None]:

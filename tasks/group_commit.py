@@ -98,14 +98,19 @@ class GroupCommit:
         lock: Taken around all that writes; orders the processes. Held while this is made.
 
     Raises:
-        JournalUnavailable: the file cannot be opened.
+        JournalUnavailable: a newer version of this service wrote the file.
     """
 
     def __init__(self, file: Path, lock: Lock) -> None:
         self._file = file
         self._lock = lock
-        with mapped_errors():
-            self._connection: sqlite3.Connection | None = connect(file)
+        self._connection: sqlite3.Connection | None = None
+        try:
+            self._connection = connect(file)
+        except (
+            sqlite3.Error
+        ) as error:  # a disk that is full, say: calls are refused, and each of them tries anew
+            _log.error("the journal cannot be opened: %s", error)
         self._queue: queue.SimpleQueue[_Call | bool] = (
             queue.SimpleQueue()
         )  # True: the end; False: look at the lazy
