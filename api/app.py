@@ -69,7 +69,9 @@ def create_app(*, is_local: bool) -> FaceApp:
     """
     specs = [spec for spec in ROUTES if is_local or not spec.is_local_only]
     served = [spec for spec in specs if spec.operation in _HANDLERS]
-    app = FaceApp(routes=[_route(spec) for spec in served])
+    paths = dict.fromkeys(spec.path for spec in served)
+    routes = [_route(path, [spec for spec in served if spec.path == path]) for path in paths]
+    app = FaceApp(routes=routes)
     app.router.redirect_slashes = False
     app.state.document = orjson.dumps(openapi_document(specs))
     return app
@@ -78,16 +80,17 @@ def create_app(*, is_local: bool) -> FaceApp:
 Handler = Callable[[Request, Backend, RequestRecord], Awaitable[Response]]
 
 
-def _route(spec: RouteSpec) -> Route:
-    handler = _HANDLERS[spec.operation]
+def _route(path: str, specs: list[RouteSpec]) -> Route:
+    """All methods of one path: of several routes, the first would answer 405 without knowing of the others."""
+    handlers = {spec.method: _HANDLERS[spec.operation] for spec in specs}
 
     async def endpoint(request: Request) -> Response:
         record: RequestRecord = request.scope[RECORD]
-        record.route = spec.path
+        record.route = path
+        handler = handlers["GET" if request.method == "HEAD" else request.method]
         return await handler(request, request.app.state.backend, record)
 
-    path = spec.path.replace("{key}", "{key:path}")
-    return Route(path, endpoint, methods=[spec.method], name=spec.operation)
+    return Route(path.replace("{key}", "{key:path}"), endpoint, methods=[*handlers], name=specs[0].operation)
 
 
 def _json(body: Any) -> Response:

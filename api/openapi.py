@@ -77,10 +77,14 @@ def _operation(spec: RouteSpec) -> dict[str, Any]:
 
 
 def _parameters(spec: RouteSpec) -> list[dict[str, Any]]:
-    id_schema = {"type": "string", "pattern": "^[A-Za-z0-9._:-]{1,128}$"}
-    parameters: list[dict[str, Any]] = [
-        {"name": REQUEST_ID_HEADER, "in": "header", "required": False, "schema": id_schema}
-    ]
+    request_id = {
+        "name": REQUEST_ID_HEADER,
+        "in": "header",
+        "required": False,
+        "schema": {"type": "string"},
+        "description": "1 to 128 of `A-Z a-z 0-9 . _ : -`; anything else is replaced, not refused.",
+    }
+    parameters: list[dict[str, Any]] = [request_id]
     if spec.may_accept:
         prefer = {
             "name": "Prefer",

@@ -19,6 +19,7 @@ BENCHES = {
     "images": "from a photo to the model's input, and from masks to files",
     "service": "the whole service beside the model alone",
     "batching": "the two services beside LitServe, around a fake model",
+    "journal": "what it costs to put tasks on record",
     "reliability": "what the journal costs: the service before and after it",
     "plots": "pictures of all that",
 }

@@ -53,7 +53,8 @@ async def compare(
     read_here: Read, read_there: Read, data: bytes, rounds: int
 ) -> tuple[list[float], list[float]]:
     """Milliseconds of each way, in turns."""
-    here, there = [], []
+    here: list[float] = []
+    there: list[float] = []
     for turn in range(rounds + 3):
         for read, into in ((read_here, here), (read_there, there))[:: 1 if turn % 2 else -1]:
             began = time.perf_counter()

@@ -348,7 +348,7 @@ class _Child:
         if self.ended.done():
             raise _ChildEnded(self.ended.result())
         pixels = np.empty((input_size_px, input_size_px, 3), np.uint8)
-        if os.preadv(self._memory_fd, [pixels], 0) != pixels.nbytes:
+        if os.preadv(self._memory_fd, [pixels.data], 0) != pixels.nbytes:
             raise _ChildEnded(None)
         return pixels
 
@@ -415,7 +415,7 @@ class _Template:
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", *program, *arguments],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 env=_template_env(),
                 cwd="/",

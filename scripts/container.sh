@@ -2,7 +2,8 @@
 # Runs once, as root, while the image is built, after the packages are installed.
 #
 #   scripts/container.sh              all of it
-#   scripts/container.sh triton DIR   only Triton's module, into DIR, with the interpreter that PYTHON names
+#   scripts/container.sh triton DIR   only Triton's module, into DIR; tests do this, and the next, with PYTHON=…
+#   scripts/container.sh store        only BentoML's folders in BENTOML_HOME
 set -eu
 python=${PYTHON:-/app/.venv/bin/python}
 
@@ -27,16 +28,29 @@ PYTHON
     rm -rf "$stub"
 }
 
-if [ "${1:-}" = triton ]; then
+# BentoML makes the folders of its store when it starts, though it serves from none of them: in a file system that is
+# read-only then, they must be there.
+make_store() {
+    "$python" -c 'from bentoml._internal.configuration.containers import BentoMLContainer as c; c.bentoml_home.get()'
+}
+
+case ${1:-} in
+triton)
     compile_triton_module "$2"
     exit
-fi
+    ;;
+store)
+    make_store
+    exit
+    ;;
+esac
 
 # The places that volumes are mounted at, owned by the service's user, so that a fresh named volume is writable for it.
 mkdir -p /app/weights /app/data
 chown bentoml:bentoml /app/weights /app/data
 
 compile_triton_module
+make_store
 
 # Compilers, make and git, which BentoML's base brings along, are of no use from here on but to an intruder.
 apt-get purge -y --auto-remove build-essential gcc g++ cpp make dpkg-dev libc6-dev git gnupg2

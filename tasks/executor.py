@@ -364,8 +364,7 @@ class TaskExecutor:
         try:
             if refusal is not None:
                 raise refusal
-            outcome = await self._carry(run)
-            run.settle(outcome)
+            await self._carry(run)
             self._observer.ended("done")
         except asyncio.CancelledError:  # this process stops; the journal has the task
             run.settle(WorkerStops("this process stops; ask again"))
@@ -374,25 +373,27 @@ class TaskExecutor:
             _log.warning("the task is another process's now", extra=_of(run.job))
             run.settle(error)
         except Exception as error:
-            try:
-                await self._fail(run, error)
-            except asyncio.CancelledError:
-                run.settle(error)
-                await self._let_go(run)
+            await self._fail_or_let_go(run, error)
         finally:
             if self._runs.get(run.job.task_id) is run:
                 del self._runs[run.job.task_id]
 
-    async def _carry(self, run: _Run) -> JobOutcome:
+    async def _fail_or_let_go(self, run: _Run, error: Exception) -> None:
+        try:
+            await self._fail(run, error)
+        except asyncio.CancelledError:
+            run.settle(error)
+            await self._let_go(run)
+        except NotOurTask as taken:
+            run.settle(taken)
+
+    async def _carry(self, run: _Run) -> None:
         if run.entry.state == FAILED and run.entry.error is not None:
             raise TaskFailed(*run.entry.error)
         computed = await self._stored(run) if run.entry.state == COMPUTED else await self._compute(run)
         run.is_computed = True
-        outcome = await self._pipeline.deliver(run.work, computed, self._attempt(run))
-        await self._reached(run, "done")
-        if not await self._kept(run, self._journal.finish):
-            _log.warning("the task's end is not journalled: it may be delivered again", extra=_of(run.job))
-        return outcome
+        run.settle(await self._pipeline.deliver(run.work, computed, self._attempt(run)))
+        await self._end(run)
 
     async def _stored(self, run: _Run) -> Computed:
         await self._begin(run, MAX_DELIVERIES)
@@ -452,29 +453,42 @@ class TaskExecutor:
             code, message = run.entry.error
         else:
             code, message = self._code_of(error)
-            if not await self._kept(run, lambda entry: self._journal.fail(entry, code, message)):
-                run.settle(error)
-                return
+            await self._keep(run, lambda: self._journal.fail(run.entry, code, message))
             run.entry = replace(run.entry, state=FAILED, error=(code, message))
         hurry = asyncio.get_running_loop().call_later(TELL_WAIT_S, run.settle, error)
         try:
             if not isinstance(error, TaskNotFound | TaskConflict):  # there is no row, or it is another's
-                attempt = self._attempt(run)
-                await self._pipeline.tell_failure(run.work, code, message, attempt)
-            await self._reached(run, "done")
-            await self._kept(run, self._journal.finish)
-            self._observer.ended("error")
+                await self._pipeline.tell_failure(run.work, code, message, self._attempt(run))
+            run.settle(error)
+            await self._end(run)
         finally:
             hurry.cancel()
             run.settle(error)
+        self._observer.ended("error")
 
-    async def _kept(self, run: _Run, write: Callable[[Entry], Awaitable[bool]]) -> bool:
-        """Write to the journal what would only be done again without it. False: it did not get there."""
+    async def _keep(self, run: _Run, write: Callable[[], Awaitable[bool]]) -> None:
+        """An arrow of the state machine. While the journal cannot be written, the task goes on all the same."""
         try:
-            return await write(run.entry)
-        except JournalUnavailable as error:
+            if not await write():
+                raise NotOurTask(f"task {run.job.task_id} was taken over")
+        except JournalUnavailable as error:  # still in memory; after a crash it would be done again
             _log.error("the journal cannot be written", extra=_of(run.job, reason=str(error)))
-            return False
+            run.unkept = write
+
+    async def _end(self, run: _Run) -> None:
+        """The last word in the journal. Without it the task would be carried again, so it waits until it is there."""
+        await self._reached(run, "done")
+        pause_s = self._rules.first_pause_s
+        while True:
+            try:
+                if run.unkept is not None and await run.unkept():
+                    run.unkept = None
+                await self._journal.finish(run.entry)
+                return
+            except JournalUnavailable as error:
+                _log.debug("the journal cannot be written", extra=_of(run.job, reason=str(error)))
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, self._rules.max_pause_s)
 
     async def _let_go(self, run: _Run) -> None:
         try:
@@ -552,6 +566,8 @@ class TaskExecutor:
                     await self._journal.prune()
             except JournalUnavailable as error:
                 _log.error("the journal cannot be used", extra={"reason": str(error)})
+            except Exception:  # a bug: without this loop nobody would take over any more
+                _log.exception("looking for tasks to take over failed")
             await asyncio.sleep(TAKE_OVER_EVERY_S * random.uniform(0.5, 1.0))
 
     async def _resume(self, entry: Entry) -> None:
@@ -580,6 +596,7 @@ class _Run:
         waiting: Callers.
         is_wanted: Somebody who does not wait here wants it: it goes on when all callers gave up.
         failures: Step → what it failed with, while it is tried again.
+        unkept: What the journal could not be told.
         outcome: What callers wait for.
     """
 
@@ -596,6 +613,7 @@ class _Run:
         self.is_ending = False
         self.stage = entry.stage
         self.failures: dict[str, Exception] = {}
+        self.unkept: Callable[[], Awaitable[bool]] | None = None
         self.limit: asyncio.Timeout | None = None
         self.outcome: asyncio.Future[JobOutcome] = asyncio.get_running_loop().create_future()
         self.task: asyncio.Task[None] | None = None

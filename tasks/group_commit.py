@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 
 from tasks.errors import JournalUnavailable
 from tasks.journal_file import BUSY_TIMEOUT_S, connect, mapped_errors
-from tasks.owners import Lock
+from tasks.owners import Turns
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ LAZY_S: Final = 0.5  # what need not be durable waits so long for a transaction 
 # Pages in the log are brought into the file when so many bytes were written (about), and at the latter at once.
 # The more are waiting, the more often a page was written twice and is brought once.
 IDLE_CHECKPOINT_BYTES: Final = 4 * 2**20
-BUSY_CHECKPOINT_BYTES: Final = 32 * 2**20
+BUSY_CHECKPOINT_BYTES: Final = 16 * 2**20
 _CALL_BYTES: Final = 4 * 4096  # about what one call writes: a page each of the table and its indexes
 
 
@@ -101,7 +101,7 @@ class GroupCommit:
         JournalUnavailable: a newer version of this service wrote the file.
     """
 
-    def __init__(self, file: Path, lock: Lock) -> None:
+    def __init__(self, file: Path, lock: Turns) -> None:
         self._file = file
         self._lock = lock
         self._connection: sqlite3.Connection | None = None
@@ -109,11 +109,10 @@ class GroupCommit:
             self._connection = connect(file)
         except (
             sqlite3.Error
-        ) as error:  # a disk that is full, say: calls are refused, and each of them tries anew
+        ) as error:  # the disk is full, say: calls are refused, and each of them tries anew
             _log.error("the journal cannot be opened: %s", error)
-        self._queue: queue.SimpleQueue[_Call | bool] = (
-            queue.SimpleQueue()
-        )  # True: the end; False: look at the lazy
+        # True: the end; False: look at what is lazy
+        self._queue: queue.SimpleQueue[_Call | bool] = queue.SimpleQueue()
         self._lazy: dict[object, Work[None]] = {}
         self._lazy_since = 0.0
         self._since_checkpoint_bytes = 0

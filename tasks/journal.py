@@ -46,6 +46,11 @@ _COLUMNS: Final = (
     "task_id, fingerprint, job, state, stage, attempts, owner, run, error_code, error_message, "
     "accepted_at, deadline_at, updated_at"
 )
+_NAMES: Final = _COLUMNS.split(", ")
+_PUT: Final = f"""
+    insert into entries ({_COLUMNS}) values ({", ".join("?" * len(_NAMES))})
+    on conflict (task_id) do update set {", ".join(f"{name} = excluded.{name}" for name in _NAMES[1:])}
+"""
 _IS_UNFINISHED: Final = "state in ('accepted', 'computed', 'failed')"  # in the words of the index
 _IS_OURS: Final = "task_id = :task_id and owner = :owner and run = :run"
 _IS_OWNERLESS: Final = (
@@ -501,13 +506,7 @@ def _put(connection: sqlite3.Connection, entry: Entry, job: str) -> None:
         ),
         *(None, None, entry.accepted_at, entry.deadline_at, entry.updated_at),
     )
-    names = _COLUMNS.split(", ")
-    marks = ", ".join("?" * len(names))
-    resets = ", ".join(f"{name} = excluded.{name}" for name in names[1:])
-    connection.execute(
-        f"insert into entries ({_COLUMNS}) values ({marks}) on conflict (task_id) do update set {resets}",
-        values,
-    )
+    connection.execute(_PUT, values)
     if entry.run > 1:
         _drop_result(connection, entry.task_id)
 

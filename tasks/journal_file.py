@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from tasks.errors import JournalUnavailable
-from tasks.owners import Lock
+from tasks.owners import Turns
 
 # `STEPS[n]` brings a file of format n to format n + 1; format 0 is an empty file. Released steps never change.
 STEPS: Final = (
@@ -94,13 +94,13 @@ def database_of(directory: Path) -> Path:
 
 
 @contextmanager
-def prepared(directory: Path) -> Iterator[Lock]:
+def prepared(directory: Path) -> Iterator[Turns]:
     """Makes the directories where they are missing, and holds the lock that orders all who write."""
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     (directory / "owners").mkdir(parents=True, exist_ok=True)
     for path in made:
         sync(path.parent)
-    lock = Lock(directory / "lock")
+    lock = Turns(directory / "lock")
     try:
         with lock.held(BUSY_TIMEOUT_S):
             end_salvage(directory)

@@ -36,7 +36,9 @@ _COLUMNS: Final = (
     "accepted_at, deadline_at, updated_at"
 )
 _LAST_ID: Final = 2**40
-_MAX_MISSES: Final = 100_000  # single rows that are asked for in vain; a second or two
+_MAX_MISSES: Final = (
+    20_000  # single rows that are asked for in vain: as many as one page that points to others leads to
+)
 _LOST_RESULT: Final = ("INTERNAL_ERROR", "The stored result was damaged on the disk. Send the task again.")
 
 
@@ -72,8 +74,7 @@ def salvage(directory: Path) -> Salvaged | None:
         None when there is no damage, or no journal yet.
 
     Raises:
-        JournalUnavailable: a process has the journal open, a newer version wrote it, or the disk does not do
-            what it must.
+        JournalUnavailable: a process has the journal open, or the disk does not do what it must.
     """
     with mapped_errors(), prepared(directory) as lock, closing(lock):
         file = database_of(directory)
@@ -204,7 +205,11 @@ def _rows(old: sqlite3.Connection) -> Iterator[tuple[Any, ...]]:
             yield row
             last = row[0] - 1
         return
-    spans = [(1, last)]
+    with suppress(sqlite3.DatabaseError):  # an index knows all ids, if it is whole
+        last = min(
+            last, max((row[0] for row in old.execute("select id from entries order by task_id")), default=0)
+        )
+    spans = [(1, last)] if any(_is_reachable(old, 2**power) for power in range(41)) else []
     query = f"select {_COLUMNS} from entries where id between ? and ? order by id"
     while spans and misses < _MAX_MISSES:
         first, last = spans.pop()
@@ -218,6 +223,15 @@ def _rows(old: sqlite3.Connection) -> Iterator[tuple[Any, ...]]:
                 spans += [(middle + 1, last), (first, middle)]
             else:
                 misses += 1
+
+
+def _is_reachable(old: sqlite3.Connection, entry_id: int) -> bool:
+    """Whether the way to this row is whole, be it there or not."""
+    try:
+        old.execute("select 1 from entries where id = ?", (entry_id,)).fetchone()
+    except sqlite3.DatabaseError:
+        return False
+    return True
 
 
 def _insert(new: sqlite3.Connection, row: tuple[Any, ...]) -> bool:

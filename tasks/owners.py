@@ -37,6 +37,33 @@ class Lock:
             return False
         return True
 
+    def release(self) -> None:
+        """Let go of it for others; closing does that too."""
+        if self._descriptor >= 0:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Let go of it for good; a second call does nothing."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+class Turns:
+    """A lock that processes hold in turns: whoever had it waits behind those who wait already.
+
+    One process at a time stands at the door and takes the lock next; the others wait for the door. Without it a
+    process with much to do takes the lock again before another notices that it was free.
+
+    Args:
+        path: Of the lock; the door is a file beside it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = Lock(path)
+        self._door = Lock(path.with_name(f"{path.name}.next"))
+
     @contextmanager
     def held(self, timeout_s: float) -> Iterator[None]:
         """Hold the lock, after waiting for whoever has it.
@@ -44,22 +71,29 @@ class Lock:
         Raises:
             TimeoutError: somebody else held it all that time; a stopped process, say.
         """
-        ends_at, pause_s = time.monotonic() + timeout_s, 0.000_05  # a commit takes 0.2 to 1 ms
-        while not self.take():
-            if time.monotonic() > ends_at:
-                raise TimeoutError(f"another process has held {self._path} for {timeout_s:g} s")
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, 0.001)
+        ends_at = time.monotonic() + timeout_s
+        self._wait(self._door, ends_at)
+        try:
+            self._wait(self._lock, ends_at)
+        finally:
+            self._door.release()
         try:
             yield
         finally:
-            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            self._lock.release()
 
     def close(self) -> None:
         """Let go of it; a second call does nothing."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
+        self._lock.close()
+        self._door.close()
+
+    def _wait(self, lock: Lock, ends_at: float) -> None:
+        pause_s = 0.000_05  # a commit takes 0.2 to 1 ms
+        while not lock.take():
+            if time.monotonic() > ends_at:
+                raise TimeoutError(f"another process has held {self.path} for too long")
+            time.sleep(pause_s)
+            pause_s = min(1.5 * pause_s, 0.001)
 
 
 _OPEN: weakref.WeakSet[Lock] = weakref.WeakSet()
@@ -103,7 +137,8 @@ class Owners:
 
     def close(self) -> None:
         """From here on others see this process as dead."""
-        (self._directory / self.ours).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # without its lock it is a dead one's in any case
+            (self._directory / self.ours).unlink()
         self._lock.close()
 
 

@@ -131,5 +131,5 @@ def _obeying(data: bytes, input_size_px: int, limits: images.ImageLimits | None 
 
 
 if __name__ == "__main__":
-    decoder.decode_for_model = _obeying  # type: ignore[assignment]
+    vars(decoder)["decode_for_model"] = _obeying
     decoder.main(sys.argv[1:])

@@ -50,12 +50,15 @@ class _ServerIPv6(_Server):
 @contextlib.contextmanager
 def listening_canary() -> Iterator[Canary]:
     """A canary, until the block ends."""
-    handler = type("Handler", (_Handler,), {})
+
+    class Handler(_Handler):
+        pass
+
     with contextlib.ExitStack() as stack:
-        servers: list[_Server] = [stack.enter_context(_Server(("127.0.0.1", 0), handler))]
-        canary = handler.canary = Canary(servers[0].server_address[1])
+        servers: list[_Server] = [stack.enter_context(_Server(("127.0.0.1", 0), Handler))]
+        canary = Handler.canary = Canary(servers[0].server_address[1])
         with contextlib.suppress(OSError):  # a machine without IPv6
-            servers.append(stack.enter_context(_ServerIPv6(("::1", canary.port), handler)))
+            servers.append(stack.enter_context(_ServerIPv6(("::1", canary.port), Handler)))
         for server in servers:
             threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
             stack.callback(server.shutdown)

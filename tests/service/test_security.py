@@ -79,7 +79,7 @@ def test_both_keys_open_and_only_guesses_are_slowed_counted_and_never_logged(rem
 
 
 def test_a_right_key_in_a_wrong_place_is_in_no_log(local: Served) -> None:
-    wrong_places = [
+    wrong_places: list[dict[str, Any]] = [
         {"url": f"/api/v1/model/info?api_key={KEY}&X-API-Key={KEY}"},
         {"url": f"/{KEY}"},
         {"url": f"/{'x' * 190}{KEY}"},
@@ -216,7 +216,7 @@ def test_what_a_caller_says_of_its_way_here_changes_nothing(local: Served, local
         "Prefer": "handling=lenient, return=minimal; evil, \t,,,=",
         "X-Request-ID": "evil.example\u00e9",
     }
-    raw = {name: value.encode("latin-1") for name, value in told.items()}
+    raw = [(name.encode(), value.encode("latin-1")) for name, value in told.items()]
     put = local.client.put("/files/uploads/told.png", content=image, headers=raw)
     assert put.json()["url"] == local_image.replace("shapes.png", "told.png")
     found = local.client.post(PREDICT, json=ask("uploads/told.png"), headers=raw)
@@ -329,7 +329,7 @@ def test_nothing_is_unpickled_on_the_public_port(local: Served, tmp_path: Path) 
 def runner_socket(service: Served) -> Path:
     """The one Unix socket that the runner listens on."""
     listening = {
-        Path(connection.laddr)
+        Path(str(connection.laddr))
         for connection in psutil.Process(service.runner_pid()).net_connections("unix")
         if connection.laddr and str(connection.laddr).endswith(".sock")
     }

@@ -18,7 +18,7 @@ from tasks import journal as journal_module
 from tasks.errors import BacklogFull, JournalUnavailable, TaskConflict
 from tasks.journal import ACCEPTED, COMPUTED, DONE, ERROR, FAILED, Entry, Journal, Verdict
 from tasks.journal_file import FORMAT, database_of
-from tasks.owners import Lock
+from tasks.owners import Lock, Turns
 
 JOB = {"image_url": "https://images.example/a.jpg", "prompts": ["고양이", "\ud800"], "is_batch": False}
 
@@ -147,14 +147,18 @@ async def test_the_same_task_is_joined_while_it_runs_and_answered_when_it_is_don
     assert (found.state, found.owner, verdict) == (DONE, ours.owner, Verdict.RECORDED)
 
 
-@pytest.mark.parametrize("prepare", [done, failed], ids=["done", "failed"])
-async def test_the_same_task_with_other_inputs_is_a_conflict(
-    journal: Journal, prepare: Callable[..., Any]
-) -> None:
-    await (prepare(journal, told=True) if prepare is failed else prepare(journal))
+@pytest.mark.parametrize("state", [ACCEPTED, DONE, FAILED, ERROR])
+async def test_the_same_task_with_other_inputs_is_a_conflict(journal: Journal, state: str) -> None:
+    if state == DONE:
+        await done(journal)
+    elif state == ACCEPTED:
+        await accept(journal)
+    else:
+        await failed(journal, told=state == ERROR)
     before = await entry_of(journal)
     with pytest.raises(TaskConflict, match="'a'"):
         await accept(journal, fingerprint="other")
+    assert before.state == state
     assert await entry_of(journal) == before
 
 
@@ -212,7 +216,7 @@ class writer_held_up:
     """Another process has the lock: calls pile up behind it, and share a transaction then."""
 
     def __init__(self, journal: Journal) -> None:
-        self._lock = Lock(journal._lock._path)
+        self._lock = Lock(journal._lock.path)
 
     def __enter__(self) -> None:
         assert self._lock.take()
@@ -352,6 +356,33 @@ async def test_a_child_that_was_forked_does_not_keep_its_parent_alive(directory:
             os.close(descriptor)
 
 
+def test_who_has_had_the_lock_waits_behind_who_waits_already(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    def wait_and_take() -> None:
+        with other.held(10):
+            order.append("other")
+
+    path = tmp_path / "lock"
+    with (
+        closing(Turns(path)) as ours,
+        closing(Turns(path)) as other,
+        closing(Lock(tmp_path / "lock.next")) as door,
+    ):
+        thread = threading.Thread(target=wait_and_take)
+        with ours.held(10):
+            thread.start()
+            ends = time.monotonic() + 5
+            while door.take():  # until the other one stands at it
+                door.release()
+                assert time.monotonic() < ends
+                time.sleep(0.001)
+        with ours.held(10):
+            order.append("ours")
+        thread.join()
+    assert order == ["other", "ours"]
+
+
 async def test_a_caller_that_is_cancelled_leaves_its_task_to_whoever_takes_over(opened: Open) -> None:
     ours, others = opened(), opened()
     with writer_held_up(ours):
@@ -397,18 +428,19 @@ async def test_a_write_goes_on_when_its_caller_is_cancelled(journal: Journal) ->
 
 
 def test_event_loops_in_several_threads_share_a_journal(directory: Path) -> None:
-    async def use(name: str) -> None:
-        entries = await asyncio.gather(*(accept(journal, f"{name}-{i}") for i in range(20)))
-        assert all([await journal.compute(entry, name.encode()) for entry, _ in entries])
+    shared = Journal(directory)
 
-    journal = Journal(directory)
+    async def use(name: str) -> None:
+        entries = await asyncio.gather(*(accept(shared, f"{name}-{i}") for i in range(20)))
+        assert all([await shared.compute(entry, name.encode()) for entry, _ in entries])
+
     threads = [threading.Thread(target=asyncio.run, args=(use(f"loop-{i}"),)) for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert asyncio.run(journal.counts())[COMPUTED] == 80
-    asyncio.run(journal.aclose())
+    assert asyncio.run(shared.counts())[COMPUTED] == 80
+    asyncio.run(shared.aclose())
 
 
 async def test_counts_name_all_unfinished_states(journal: Journal) -> None:
@@ -423,10 +455,10 @@ async def test_counts_name_all_unfinished_states(journal: Journal) -> None:
 async def test_old_finished_entries_are_removed_and_their_space_is_given_back(
     opened: Open, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal_module, "PRUNED_AT_ONCE", 7)
+    monkeypatch.setattr(journal_module, "PRUNED_AT_ONCE", 5)
     monkeypatch.setattr(journal_module, "FREED_AT_ONCE", 50)
     journal = opened(retention_s=0.0)
-    for i in range(20):
+    for i in range(12):
         entry, _ = await accept(journal, f"old-{i}")
         await journal.compute(entry, os.urandom(50_000))
         await journal.finish(entry)
@@ -434,7 +466,7 @@ async def test_old_finished_entries_are_removed_and_their_space_is_given_back(
     await journal.compute(kept, b"still wanted")
     with closing(sqlite3.connect(database_of(directory))) as beside:
         before = beside.execute("pragma page_count").fetchone()[0]
-        assert await journal.prune() == 20
+        assert await journal.prune() == 12
         assert beside.execute("pragma page_count").fetchone()[0] < before / 10
         assert beside.execute("pragma freelist_count").fetchone()[0] == 0
         assert beside.execute("select count(*) from results").fetchone()[0] == 1
@@ -533,5 +565,5 @@ async def test_an_error_inside_the_writer_does_not_end_it(
         with pytest.raises(JournalUnavailable, match="TypeError"):
             await accept(journal)
     assert (await accept(journal))[1] is Verdict.NEW
-    with contextlib.closing(sqlite3.connect(database_of(journal._lock._path.parent))) as beside:
+    with contextlib.closing(sqlite3.connect(database_of(journal._lock.path.parent))) as beside:
         assert beside.execute("pragma quick_check").fetchone() == ("ok",)

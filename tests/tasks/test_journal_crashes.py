@@ -77,7 +77,7 @@ async def assert_all_is_kept(directory: Path, said: list[list[str]]) -> None:
         await with_journal.aclose()
 
 
-@pytest.mark.parametrize("rounds", [2, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [2, pytest.param(25, marks=pytest.mark.slow)])
 async def test_what_was_said_to_be_done_is_there_after_kill_9_of_all_processes(
     start: Start, tmp_path: Path, rounds: int
 ) -> None:

@@ -16,6 +16,9 @@ from tasks.errors import BacklogFull, TaskConflict
 from tasks.journal import ACCEPTED, COMPUTED, DONE, ERROR, FAILED, UNFINISHED, Entry, Journal, Verdict
 
 MAX_UNFINISHED = 3
+IN_MEMORY = (
+    "/dev/shm" if Path("/dev/shm").is_dir() else None
+)  # a thousand commits that no power loss is waiting for
 TASKS = st.sampled_from("abcde")
 SIDES = st.sampled_from([0, 1])
 
@@ -54,7 +57,7 @@ class JournalMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.runner = asyncio.Runner()
-        self.directory = Path(tempfile.mkdtemp(prefix="journal-model-"))
+        self.directory = Path(tempfile.mkdtemp(prefix="journal-model-", dir=IN_MEMORY))
         self.journals = [Journal(self.directory, retention_s=0.0) for _ in range(2)]
         self.model = Model()
 
@@ -161,8 +164,8 @@ class JournalMachine(RuleBasedStateMachine):
         for name in "abcde":
             known = self.model.tasks.get(name)
             entry = self.runner.run(self.journals[0].get(name))
+            assert (known is None) == (entry is None)
             if known is None or entry is None:
-                assert entry is known is None
                 continue
             found = (entry.fingerprint, entry.state, entry.owner, entry.run, entry.attempts, entry.error)
             assert found == (
@@ -181,5 +184,5 @@ class JournalMachine(RuleBasedStateMachine):
 
 TestJournal = JournalMachine.TestCase
 TestJournal.settings = settings(
-    max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=15, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
