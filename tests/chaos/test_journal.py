@@ -17,7 +17,7 @@ from tests.chaos.edge import Edge
 from tests.chaos.judge import Story, judge, wait_quiet
 from tests.chaos.kept import Kept
 from tests.chaos.world import API_KEY, RowWatch, Task, World
-from tests.conftest import wait_until
+from tests.conftest import ROOT, wait_until
 
 DISK_BYTES = 4_000_000
 REFUSED_AFTER_AT_MOST = 400  # tasks: the journal uses up the room that it has already
@@ -31,7 +31,8 @@ class Disk:
 
     def __init__(self, journal: Path, holder: int) -> None:
         self._filler = Path(f"/proc/{holder}/root{journal}/filler")
-        self.within = ("nsenter", "--target", str(holder), "--user", "--mount", "--preserve-credentials")
+        enter = ("nsenter", "--target", str(holder), "--user", "--mount", "--preserve-credentials")
+        self.within = (*enter, "sh", "-c", 'cd "$0" && exec "$@"', str(ROOT))  # nsenter goes to /
 
     def fill(self) -> None:
         """To the last byte."""
