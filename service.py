@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import bentoml
 
 from api.app import create_app
-from api.backend import check_settings, make_backend, mend_journal
+from api.backend import check_settings, make_backend, prepare_journal
 from api.config import DEFAULT_PORT, LOOPBACK, ConfigurationError, Settings, read_settings
 from api.lifecycle import (
     count_as_caller,
@@ -190,10 +190,9 @@ class S3Backend:
             if problem is not None:
                 raise problem
             check_settings(settings)
+            prepare_journal(settings)
         except ConfigurationError as error:
             raise bentoml.exceptions.BentoMLConfigException(str(error)) from None
-        configure_logs(settings.log_level, settings.secrets())
-        mend_journal(settings)
         # BentoML's images set this, and then no process that died is started again; here it must be.
         os.environ.pop("BENTOML_CONTAINERIZED", None)
         prepare_processes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import math
 import os
@@ -32,7 +33,14 @@ from storage.errors import StorageError, StorageRefused, StorageTimeout, Storage
 from storage.keys import PARTIAL_PREFIX
 from storage.local import LocalStore
 from tasks.breaker import MAX_TOLD_PAUSE_S, CircuitBreaker, GuardedStore, GuardedTasks
-from tasks.errors import JournalUnavailable, TaskError, TaskStoreTimeout, TaskStoreUnavailable, WorkerStops
+from tasks.errors import (
+    JournalTooNew,
+    JournalUnavailable,
+    TaskError,
+    TaskStoreTimeout,
+    TaskStoreUnavailable,
+    WorkerStops,
+)
 from tasks.executor import RetryRules, TaskExecutor
 from tasks.journal import Journal
 from tasks.journal_salvage import salvage
@@ -41,7 +49,7 @@ from tasks.pipeline import Pipeline
 from tasks.store import TaskStore
 from tasks.supabase import SupabaseTasks
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger("api")
 
 # Docker waits 10 s before it kills, unless told otherwise (docs/deploy.md does); the journal has what is not done.
 SHUTDOWN_GRACE_S = 25.0
@@ -227,20 +235,23 @@ def retry_rules(watch: RunnerWatch, storage: CircuitBreaker, rows: CircuitBreake
     return RetryRules(passing, suspicious, pause)
 
 
-def make_journal(settings: Settings) -> Journal:
-    """The journal of accepted tasks, shared by all processes of this host."""
-    return Journal(_journal_dir(settings))
+def prepare_journal(settings: Settings) -> None:
+    """Once, before any process opens the journal: carry what is readable out of a damaged one.
 
-
-def mend_journal(settings: Settings) -> None:
-    """Before any worker has it open: put what can be read of a damaged journal into a new one.
-
-    A journal that cannot be mended now, on a full disk for instance, does not stop the start: whoever asks is told 503.
+    Raises:
+        ConfigurationError: a newer version of this service wrote it.
     """
     try:
         salvage(_journal_dir(settings))
-    except JournalUnavailable as error:
-        _log.warning("the journal was not looked through at start: %s", error)
+    except JournalTooNew as error:
+        raise _data_dir_error(settings, str(error)) from error
+    except JournalUnavailable as error:  # a full disk, say: what runs is carried on, what is new refused
+        logger.error("the journal cannot be used: no task is accepted: %s", error)
+
+
+def make_journal(settings: Settings) -> Journal:
+    """The journal of accepted tasks, shared by all processes of this host."""
+    return Journal(_journal_dir(settings))
 
 
 def _health_of(breaker: CircuitBreaker) -> dict[str, str | None]:
@@ -322,21 +333,29 @@ def check_settings(settings: Settings) -> None:
             make_tasks(settings)
         except ValueError as error:
             raise ConfigurationError(f"SUPABASE_URL or SUPABASE_SERVICE_KEY is wrong: {error}") from None
+    _check_writable(settings, settings.data_dir)  # the journal, and SQLite beside its own files
     if not settings.uses_r2:
         _check_writable(settings, _files_dir(settings))
     if not settings.uses_supabase:
-        _check_writable(settings, settings.data_dir)  # SQLite makes files beside its own
         _check_tasks_file(settings)
 
 
 def _check_writable(settings: Settings, directory: Path) -> None:
-    """Make a directory and write a file in it as `LocalStore` does; the file is gone afterwards."""
+    """Make a directory and write a file in it as `LocalStore` does; the file is gone afterwards.
+
+    A full disk is no mistake in the settings: the service starts, refuses new tasks and works again with space.
+    """
     with _data_dir_errors(settings):
-        directory.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(prefix=PARTIAL_PREFIX, dir=directory) as probe:
-            probe.write(b"probe")
-            probe.flush()
-            os.fsync(probe.fileno())
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with NamedTemporaryFile(prefix=PARTIAL_PREFIX, dir=directory) as probe:
+                probe.write(b"probe")
+                probe.flush()
+                os.fsync(probe.fileno())
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            logger.error("the disk of S3_DATA_DIR is full")
 
 
 def _check_tasks_file(settings: Settings) -> None:

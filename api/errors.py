@@ -124,6 +124,12 @@ _TASKS_DOWN = "The task table could not be reached, also after retries. Try agai
 _NOT_READY = Fault(
     503, "MODEL_NOT_READY", "The model is not loaded at the moment. Try again later.", retry_after_s=5
 )
+_NO_JOURNAL = Fault(
+    503,
+    "JOURNAL_UNAVAILABLE",
+    "No task can be put on record at the moment, so none is accepted. Try again later.",
+    retry_after_s=5,
+)
 _TIMED_OUT = Fault(504, "TIMED_OUT", "The request took too long and was given up. Try again.")
 
 FAULTS: dict[type[BaseException], Fault] = {
@@ -186,12 +192,8 @@ FAULTS: dict[type[BaseException], Fault] = {
     task_errors.TaskConflict: Fault(409, "TASK_CONFLICT"),
     task_errors.TaskStoreUnavailable: Fault(502, "TASK_STORE_UNAVAILABLE", _TASKS_DOWN),
     task_errors.TaskStoreTimeout: Fault(504, "TASK_STORE_TIMEOUT", "The task table did not answer in time."),
-    task_errors.JournalUnavailable: Fault(
-        503,
-        "JOURNAL_UNAVAILABLE",
-        "No task can be put on record at the moment, so none is accepted. Try again later.",
-        retry_after_s=5,
-    ),
+    task_errors.JournalUnavailable: _NO_JOURNAL,
+    task_errors.JournalTooNew: _NO_JOURNAL,
     task_errors.BacklogFull: Fault(429, "OVERLOADED", retry_after_s=5),
     task_errors.TaskFailed: INTERNAL,  # it carries a code of its own
     task_errors.TaskGaveUp: Fault(

@@ -7,6 +7,7 @@ TaskError
 ├── TaskStoreUnavailable    the store failed after retries, refused us, or answered what we cannot read
 ├── TaskStoreTimeout        the store did not answer in time, retries included
 ├── JournalUnavailable      the journal cannot be written or read: disk full, damaged, locked
+│   └── JournalTooNew       a newer version of this service wrote it
 ├── BacklogFull             too many accepted tasks wait already
 ├── TaskFailed              it failed before, or elsewhere; with the code and message of then
 ├── TaskGaveUp              whoever worked on it died, too often
@@ -48,6 +49,10 @@ class TaskStoreTimeout(TaskError):
 
 class JournalUnavailable(TaskError):
     """The journal cannot be written or read: its disk is full, it is damaged, or another process keeps it locked."""
+
+
+class JournalTooNew(JournalUnavailable):
+    """The journal was written by a newer version of this service."""
 
 
 class BacklogFull(TaskError):

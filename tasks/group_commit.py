@@ -98,19 +98,14 @@ class GroupCommit:
         lock: Taken around all that writes; orders the processes. Held while this is made.
 
     Raises:
-        JournalUnavailable: a newer version of this service wrote the file.
+        JournalUnavailable: the file cannot be opened.
     """
 
     def __init__(self, file: Path, lock: Turns) -> None:
         self._file = file
         self._lock = lock
-        self._connection: sqlite3.Connection | None = None
-        try:
-            self._connection = connect(file)
-        except (
-            sqlite3.Error
-        ) as error:  # the disk is full, say: calls are refused, and each of them tries anew
-            _log.error("the journal cannot be opened: %s", error)
+        with mapped_errors():
+            self._connection: sqlite3.Connection | None = connect(file)
         # True: the end; False: look at what is lazy
         self._queue: queue.SimpleQueue[_Call | bool] = queue.SimpleQueue()
         self._lazy: dict[object, Work[None]] = {}

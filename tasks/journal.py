@@ -15,6 +15,7 @@ import enum
 import json
 import logging
 import sqlite3
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -22,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from tasks.errors import BacklogFull, JournalUnavailable, TaskConflict
+from tasks.errors import BacklogFull, JournalTooNew, JournalUnavailable, TaskConflict
 from tasks.group_commit import GroupCommit, Transaction
 from tasks.journal_file import DAMAGED, connect_reader, database_of, mapped_errors, prepared
-from tasks.owners import Owners
+from tasks.owners import Owners, Turns
 
 T = TypeVar("T")
 
@@ -123,28 +124,32 @@ class Journal:
         directory: Made if it is missing. On a local disk, with all its processes under one kernel.
         retention_s: How long finished entries are kept.
 
-    Attributes:
-        owner: This process's name, as no other has it or ever had. Others see it as dead once it is closed or ended.
-
     Raises:
-        JournalUnavailable: it cannot be opened, or was written by a newer version.
+        JournalTooNew: a newer version wrote it. What else is wrong now may be right later: every call tries anew.
     """
 
     def __init__(self, directory: Path, *, retention_s: float = 86_400.0) -> None:
+        self._directory = directory
         self._retention_s = retention_s
-        with mapped_errors(), prepared(directory) as lock:
-            self._lock = lock
-            self._owners = Owners(directory / "owners")
-            try:
-                self._owners.remove_the_dead()
-                self._writer = GroupCommit(database_of(directory), lock)
-            except BaseException:
-                self._owners.close()
-                raise
-        self.owner = self._owners.ours
         self._reader = _Reader(database_of(directory))
         self._letting_go: set[asyncio.Task[None]] = set()
+        self._held: _Held | None = None
+        self._opening = threading.Lock()
         self._is_closed = False
+        try:
+            self._open()
+        except JournalTooNew:
+            raise
+        except JournalUnavailable as error:
+            _log.error("the journal cannot be opened yet: no task is accepted: %s", error)
+
+    @property
+    def owner(self) -> str:
+        """This process's name, as no other has it or ever had; empty until the journal is open.
+
+        Others see it as dead once the journal is closed, or the process ended.
+        """
+        return "" if self._held is None else self._held.owners.ours
 
     async def accept(
         self,
@@ -236,7 +241,8 @@ class Journal:
             )
             transaction.connection.execute(statement, {**bound, "now": transaction.now})
 
-        self._writer.submit_lazily((entry.task_id, entry.run), work)
+        if self._held is not None:
+            self._held.writer.submit_lazily((entry.task_id, entry.run), work)
 
     async def compute(self, entry: Entry, result: bytes) -> bool:
         """ACCEPTED → COMPUTED, with the result.
@@ -302,9 +308,10 @@ class Journal:
         Returns:
             Oldest first. One that is damaged beyond reading ends as ERROR, and is logged.
         """
+        held = await self._opened()
         owners = await self._reader.call(_owners_of_unfinished)
         with mapped_errors():
-            dead = [name for name in owners if name is not None and self._owners.is_dead(name)]
+            dead = [name for name in owners if name is not None and held.owners.is_dead(name)]
         if not dead and None not in owners:
             return []
         bound = {"owner": self.owner, "dead": json.dumps(dead)}
@@ -316,7 +323,7 @@ class Journal:
                 returning {_COLUMNS}
             """
             rows = connection.execute(statement, {**bound, "now": transaction.now}).fetchall()
-            self._owners.remove_the_dead()
+            held.owners.remove_the_dead()
             return sorted(_readable(transaction, rows), key=lambda entry: entry.accepted_at)
 
         return await self._write(work, orphans=list)
@@ -364,9 +371,33 @@ class Journal:
         self._is_closed = True
         await asyncio.gather(*self._letting_go, return_exceptions=True)
         await self._reader.aclose()
-        await self._writer.aclose()
-        self._owners.close()
-        self._lock.close()
+        if self._held is not None:
+            await self._held.writer.aclose()
+            self._held.owners.close()
+            self._held.lock.close()
+
+    async def _opened(self) -> _Held:
+        """What an open journal holds; opens it if that was not possible before."""
+        if self._held is not None:
+            return self._held
+        return await asyncio.to_thread(self._open)
+
+    def _open(self) -> _Held:
+        with self._opening:
+            if self._is_closed:
+                raise JournalUnavailable("the journal is closed")
+            if self._held is not None:
+                return self._held
+            with mapped_errors(), prepared(self._directory) as lock:
+                owners = Owners(self._directory / "owners")
+                try:
+                    owners.remove_the_dead()
+                    writer = GroupCommit(database_of(self._directory), lock)
+                except BaseException:
+                    owners.close()
+                    raise
+                self._held = _Held(lock, owners, writer)
+            return self._held
 
     def _prune_some(self, transaction: Transaction) -> int:
         connection = transaction.connection
@@ -391,7 +422,7 @@ class Journal:
             work: In the writer's thread.
             orphans: Of its outcome: what to let go of again if the caller is gone by then.
         """
-        future = self._writer.submit(work)
+        future = (await self._opened()).writer.submit(work)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
@@ -411,6 +442,15 @@ class Journal:
             await self.release(entries)
         except JournalUnavailable as error:
             _log.warning("%d entries wait for the end of this process: %s", len(entries), error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What an open journal holds."""
+
+    lock: Turns
+    owners: Owners
+    writer: GroupCommit
 
 
 class _Reader:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from tasks.errors import JournalUnavailable
+from tasks.errors import JournalTooNew, JournalUnavailable
 from tasks.owners import Turns
 
 # `STEPS[n]` brings a file of format n to format n + 1; format 0 is an empty file. Released steps never change.
@@ -121,7 +121,7 @@ def connect(file: Path) -> sqlite3.Connection:
     bug"), so the caller does it, under the lock.
 
     Raises:
-        JournalUnavailable: a newer version of this service wrote the file.
+        JournalTooNew: a newer version of this service wrote the file.
         sqlite3.Error: it cannot be opened, or is damaged.
     """
     connection = sqlite3.connect(file, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
@@ -153,13 +153,18 @@ def connect_reader(file: Path) -> sqlite3.Connection:
 def _migrate(connection: sqlite3.Connection) -> None:
     found = int(connection.execute("pragma user_version").fetchone()[0])
     if found > FORMAT:
-        raise JournalUnavailable(
-            f"the journal has format {found}, and this version of the service knows {FORMAT}: "
-            f"start the version that wrote it, or a newer one"
-        )
+        raise too_new(found)
     for step in range(found, FORMAT):
         script = f"begin immediate; {STEPS[step]}; pragma user_version = {step + 1}; commit;"
         connection.executescript(script)
+
+
+def too_new(version: int) -> JournalTooNew:
+    """The error for a file of a format that we do not know yet."""
+    return JournalTooNew(
+        f"the journal has format {version}, and this version of the service knows {FORMAT}: "
+        f"start the version that wrote it, or a newer one"
+    )
 
 
 def end_salvage(directory: Path) -> None:

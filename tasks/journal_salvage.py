@@ -26,6 +26,7 @@ from tasks.journal_file import (
     mapped_errors,
     prepared,
     sync,
+    too_new,
 )
 from tasks.owners import is_free
 
@@ -118,6 +119,8 @@ def _damage_of(file: Path) -> str | None:
         with closing(_connect_read_only(file)) as connection:
             lines = [str(line) for (line,) in connection.execute("pragma quick_check(3)")]
             version = int(connection.execute("pragma user_version").fetchone()[0])
+            if lines == ["ok"] and version > FORMAT:
+                raise too_new(version)
             if lines == ["ok"] and version == FORMAT:
                 connection.execute(f"select {_COLUMNS}, entry_id from entries, results limit 1").fetchone()
     except sqlite3.DatabaseError as error:

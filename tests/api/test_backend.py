@@ -94,10 +94,13 @@ def test_a_data_dir_of_no_use_is_told_before_any_process_starts(
     assert named in complaint_about(settings_with(make(tmp_path), parts))
 
 
+def test_the_journal_needs_the_data_dir_whatever_else_is_elsewhere() -> None:
+    assert "S3_DATA_DIR" in complaint_about(settings_with(Path("/proc"), {**R2, **SUPABASE}))
+
+
 @pytest.mark.parametrize(
     ("make", "parts"),
     [
-        pytest.param(lambda _: Path("/proc"), {**R2, **SUPABASE}, id="neither"),
         pytest.param(damaged_tasks, SUPABASE, id="no-tasks"),
         pytest.param(files_in_proc, R2, id="no-files"),
     ],

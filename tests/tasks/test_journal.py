@@ -212,11 +212,17 @@ async def test_places_that_are_freed_and_taken_in_one_transaction_are_counted(jo
     assert [type(outcome) for outcome in outcomes] == [BacklogFull, bool, tuple, BacklogFull]
 
 
+def held_by(journal: Journal) -> Any:
+    """What an open journal holds."""
+    assert journal._held is not None
+    return journal._held
+
+
 class writer_held_up:
     """Another process has the lock: calls pile up behind it, and share a transaction then."""
 
     def __init__(self, journal: Journal) -> None:
-        self._lock = Lock(journal._lock.path)
+        self._lock = Lock(held_by(journal).lock.path)
 
     def __enter__(self) -> None:
         assert self._lock.take()
@@ -237,7 +243,7 @@ async def test_calls_that_wait_share_one_transaction(journal: Journal) -> None:
 
 
 def count_statements(journal: Journal, name: str) -> list[str]:
-    connection = journal._writer._connection
+    connection = held_by(journal).writer._connection
     assert connection is not None
     seen: list[str] = []
     connection.set_trace_callback(lambda statement: seen.append(statement) if statement == name else None)
@@ -519,7 +525,7 @@ async def test_a_journal_of_a_newer_version_is_left_alone(opened: Open, director
 
 
 async def test_every_commit_is_on_the_disk_and_no_checkpoint_runs_beside_one(journal: Journal) -> None:
-    connection = journal._writer._connection
+    connection = held_by(journal).writer._connection
     assert connection is not None
 
     def asked(name: str) -> Any:
@@ -565,5 +571,5 @@ async def test_an_error_inside_the_writer_does_not_end_it(
         with pytest.raises(JournalUnavailable, match="TypeError"):
             await accept(journal)
     assert (await accept(journal))[1] is Verdict.NEW
-    with contextlib.closing(sqlite3.connect(database_of(journal._lock.path.parent))) as beside:
+    with contextlib.closing(sqlite3.connect(database_of(held_by(journal).lock.path.parent))) as beside:
         assert beside.execute("pragma quick_check").fetchone() == ("ok",)
