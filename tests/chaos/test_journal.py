@@ -126,6 +126,7 @@ def test_a_full_disk_refuses_new_work_until_there_is_room_again(
     assert verdict.done == len(sent) and kept.starts == 2
 
 
+@pytest.mark.slow
 def test_a_damaged_journal_is_put_aside_and_the_service_goes_on(
     world: World, tmp_path: Path, told: Told
 ) -> None:
