@@ -214,6 +214,9 @@ class SupabaseTasks:
                 failure, cause = map_httpx_error(error), error
                 if not isinstance(error, RETRIED_ERRORS):
                     raise failure from cause
+            except AttributeError as error:  # anyio 4, of a connection that was reset before its first use
+                failure = TaskStoreUnavailable("Supabase could not be reached (reset at once)")
+                cause = error
             else:
                 if reply.status_code not in RETRIED_STATUSES:
                     return reply

@@ -17,39 +17,22 @@ from tests.chaos.edge import Edge
 from tests.chaos.judge import Story, judge, wait_quiet
 from tests.chaos.kept import Kept
 from tests.chaos.world import API_KEY, RowWatch, Task, World
+from tests.conftest import ROOT, wait_until
 
 DISK_BYTES = 4_000_000
 REFUSED_AFTER_AT_MOST = 400  # tasks: the journal uses up the room that it has already
 # A file system of its own for the journal, in a mount namespace of its own: nobody else's disk is full.
-IN_NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount")
-MOUNT = f'mount -t tmpfs -o size={DISK_BYTES} tmpfs "$0" && exec "$@"'
-
-
-@pytest.fixture(scope="module")
-def _namespaces() -> None:
-    done = subprocess.run([*IN_NAMESPACE, "true"], capture_output=True, text=True, check=False)
-    if done.returncode:
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"CI must have user namespaces: {done.stderr}")
-        pytest.skip(f"no user namespaces here: {done.stderr.strip()}")
-
-
-@pytest.fixture(scope="module")
-def kept(_namespaces: None, shared_world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
-    home = tmp_path_factory.mktemp("kept")
-    journal = home / "data" / "journal"
-    journal.mkdir(parents=True)
-    within = (*IN_NAMESPACE, "sh", "-c", MOUNT, str(journal))
-    with Kept(home, {**shared_world.env, **ENV}, within=within) as running:
-        yield running
+NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount")
+MOUNT_AND_STAY = f'mount -t tmpfs -o size={DISK_BYTES} tmpfs "$0" && echo mounted && exec sleep infinity'
 
 
 class Disk:
-    """The journal's, as seen from outside of its namespace."""
+    """The journal's, and a way to start processes that have it."""
 
-    def __init__(self, kept: Kept) -> None:
-        journal = kept.service.data_dir / "journal"
-        self._filler = Path(f"/proc/{kept.service.process.pid}/root{journal}/filler")
+    def __init__(self, journal: Path, holder: int) -> None:
+        self._filler = Path(f"/proc/{holder}/root{journal}/filler")
+        enter = ("nsenter", "--target", str(holder), "--user", "--mount", "--preserve-credentials")
+        self.within = (*enter, "sh", "-c", 'cd "$0" && exec "$@"', str(ROOT))  # nsenter goes to /
 
     def fill(self) -> None:
         """To the last byte."""
@@ -64,6 +47,34 @@ class Disk:
     def free(self) -> None:
         """There is room again."""
         self._filler.unlink()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture(scope="module")
+def disk(home: Path) -> Iterator[Disk]:
+    journal = home / "data" / "journal"
+    journal.mkdir(parents=True)
+    command = [*NAMESPACE, "sh", "-c", MOUNT_AND_STAY, str(journal)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as holder:
+        assert holder.stdout is not None
+        said = holder.stdout.readline().strip()
+        if said == "mounted":
+            yield Disk(journal, holder.pid)
+        holder.kill()
+    if said != "mounted":
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"CI must have user namespaces: {said}")
+        pytest.skip(f"no user namespaces here: {said}")
+
+
+@pytest.fixture(scope="module")
+def kept(disk: Disk, home: Path, shared_world: World) -> Iterator[Kept]:
+    with Kept(home, {**shared_world.env, **ENV}, within=disk.within) as running:
+        yield running
 
 
 def first_refusal(kept: Kept, tasks: list[Task]) -> tuple[int, httpx.Response]:
@@ -82,29 +93,40 @@ def pids(kept: Kept) -> set[int]:
     return {process.pid for role in ("supervisor", "web", "runner") for process in kept.of_role(role)}
 
 
-def test_a_full_disk_refuses_new_work_until_there_is_room_again(world: World, kept: Kept, told: Told) -> None:
+def assert_refused(response: httpx.Response) -> None:
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "JOURNAL_UNAVAILABLE")
+    assert int(response.headers["Retry-After"]) >= 1
+
+
+def test_a_full_disk_refuses_new_work_until_there_is_room_again(
+    world: World, kept: Kept, disk: Disk, told: Told
+) -> None:
     tasks, story = world.tasks(REFUSED_AFTER_AT_MOST, seed=400, asynchronous=1.0, batches=0.0), Story()
-    before, disk = pids(kept), Disk(kept)
+    before = pids(kept)
     disk.fill()
     try:
         accepted, refusal = first_refusal(kept, tasks)
-        assert (refusal.status_code, refusal.json()["error"]["code"]) == (503, "JOURNAL_UNAVAILABLE")
-        assert int(refusal.headers["Retry-After"]) >= 1
+        assert_refused(refusal)
         assert world.status(tasks[accepted]) == "pending"
-        assert httpx.get(f"{kept.url}/livez", trust_env=False).status_code == 200
+        assert pids(kept) == before
+        # Started on a disk that is full, it is up to say so, and is not started again and again.
+        kept.kill("all", random.Random(0))
+        wait_until(lambda: kept.starts == 2, 60, "it is started again", kept.log)
+        kept.wait_ready()
+        assert_refused(first_refusal(kept, tasks[accepted:])[1])
     finally:
         disk.free()
     sent = tasks[: accepted + 1]
     with RowWatch(world) as watch:  # the Edge's patience: all of them once more
         story.answers = Edge(kept.url, watch, patience_s=60).carry_out(sent, 4)
     wait_quiet(world, sent, 60)
-    story.end(kept.log())
-    verdict = judge("the journal's disk is full", world, sent, story)
+    story.end(kept.log(), kept.kills)
+    verdict = judge("the journal's disk is full, also at start", world, sent, story)
     told(verdict)
-    assert verdict.done == len(sent)
-    assert pids(kept) == before
+    assert verdict.done == len(sent) and kept.starts == 2
 
 
+@pytest.mark.slow
 def test_a_damaged_journal_is_put_aside_and_the_service_goes_on(
     world: World, tmp_path: Path, told: Told
 ) -> None:

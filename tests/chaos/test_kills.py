@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
+import httpx
 import pytest
 
 from tests.chaos.conftest import Size, Told
 from tests.chaos.edge import Edge, kinds_of
 from tests.chaos.judge import Story, judge, wait_quiet
 from tests.chaos.kept import Kept, Killer
-from tests.chaos.world import RowWatch, World
+from tests.chaos.world import API_KEY, RowWatch, Task, World
 
 SEED = 20261121
+
+
+def asked(kept: Kept, task: Task) -> dict[str, Any]:
+    """What `GET /api/v1/tasks/{task_id}` says, after all that."""
+    headers = {"X-API-Key": API_KEY}
+    response = httpx.get(f"{kept.url}/api/v1/tasks/{task.task_id}", headers=headers, trust_env=False)
+    assert response.status_code == 200, response.text
+    body: dict[str, Any] = response.json()
+    return body
 
 
 @pytest.mark.timeout(900)
@@ -26,3 +37,9 @@ def test_no_task_is_lost_while_processes_are_killed(world: World, kept: Kept, si
     story.end(kept.log(), kept.kills)
     told(judge(f"kill -9 of any process, {size.concurrency} at a time", world, tasks, story))
     assert len(kept.kills) == kills
+    told_of = {task.task_id: asked(kept, task) for task in tasks[:: max(1, count // 50)]}
+    rows = world.rows(tasks)
+    assert {task_id: one["status"] for task_id, one in told_of.items()} == {
+        task_id: rows[task_id]["status"] for task_id in told_of
+    }
+    assert all(one["result"]["task_id"] == id_ for id_, one in told_of.items() if one["status"] == "done")

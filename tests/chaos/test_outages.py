@@ -87,4 +87,9 @@ def test_no_task_is_lost_in_an_outage(
     wait_quiet(world, tasks, 60)
     print(kinds_of(story.answers), dict(world.storage.counts), dict(world.database.counts))
     story.end(kept.log())
-    told(judge(scenario.format(s=seconds or 0), world, tasks, story))
+    verdict = judge(scenario.format(s=seconds or 0), world, tasks, story)
+    told(verdict)
+    assert "INTERNAL_ERROR" not in verdict.errors
+    # Who waits is told in time that it failed; who does not wait gets a result, ten minutes being longer than this.
+    rows = world.rows(tasks)
+    assert {rows[task.task_id]["status"] for task in tasks if task.is_async} == {"done"}

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
+import struct
+import threading
 import time
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import httpx
 import pytest
+import uvloop
 
 from tasks.errors import TaskNotFound, TaskStoreTimeout, TaskStoreUnavailable
 from tasks.store import TaskInputs, TaskResult
@@ -235,6 +239,42 @@ async def test_nobody_listening_is_unavailable(task: TaskInputs) -> None:
     async with aclosing(SupabaseTasks(f"http://127.0.0.1:{free_port()}", "sb_secret_1", retry=FAST)) as store:
         with pytest.raises(TaskStoreUnavailable, match="could not be reached"):
             await store.start(task)
+
+
+@contextmanager
+def resetting_server() -> Iterator[int]:
+    """Takes connections and resets them at once; yields its port."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def reset_all() -> None:
+            with suppress(OSError):  # closed: the end
+                while True:
+                    connection, _ = server.accept()
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    connection.close()
+
+        thread = threading.Thread(target=reset_all, daemon=True)
+        thread.start()
+        yield server.getsockname()[1]
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+def test_connections_that_are_reset_at_once_are_unavailable_on_the_service_s_event_loop() -> None:
+    """A busy loop sees the reset before the first use; on uvloop, anyio then finds no socket to ask."""
+
+    async def ask_many(port: int) -> list[object]:
+        url, once = f"http://127.0.0.1:{port}", RetryPolicy(attempts=1)
+        async with aclosing(SupabaseTasks(url, "sb_secret_0123456789", retry=once)) as tasks:
+            calls = [asyncio.create_task(tasks.get("1")) for _ in range(200)]
+            while not all(call.done() for call in calls):
+                time.sleep(0.001)  # busy: what a request's work does to the loop
+                await asyncio.sleep(0)
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+    with resetting_server() as port:
+        outcomes = uvloop.run(ask_many(port))
+    assert {type(outcome) for outcome in outcomes} == {TaskStoreUnavailable}
 
 
 async def test_a_slow_answer_is_a_timeout(stand_in: PostgrestStandIn, task: TaskInputs) -> None:
