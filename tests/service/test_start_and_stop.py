@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import uuid
 from pathlib import Path
 
 import httpx
@@ -97,22 +98,22 @@ def test_without_a_key_no_page_of_the_web_gets_in(keyless: Served) -> None:
     assert info(**{"X-Forwarded-For": "127.0.0.1"}) == 401
 
 
-def is_silent(service: Served) -> bool:
-    """The kernel may still take connections, but nobody answers them."""
-    try:
-        httpx.get(f"{service.url}/livez", timeout=1, trust_env=False)
-    except httpx.TransportError:
-        return True
-    return False
-
-
-def test_requests_under_way_are_finished_before_it_stops(keyless: Served, picture: Picture) -> None:
+def test_requests_under_way_are_finished_before_it_stops_and_new_ones_turned_away(
+    keyless: Served, picture: Picture
+) -> None:
     url = keyless.client.put("/files/uploads/a.png", content=picture.png).json()["url"]
     body, runner = ask(url), keyless.runner_pid()
     with posting(keyless, PREDICT, body) as (answer,), held(runner):
         wait_until(lambda: is_processing(keyless, body["task_id"]), 20, "the request is under way")
         keyless.process.terminate()
-        wait_until(lambda: is_silent(keyless), 20, "it takes no more requests")
+
+        def refused() -> httpx.Response | None:
+            response = keyless.client.post(PREDICT, json={**body, "task_id": str(uuid.uuid4())}, timeout=5)
+            return response if response.status_code == 503 else None
+
+        turned_away = wait_until(refused, 20, "new requests are turned away")
+        assert turned_away.json()["error"]["code"] == "SHUTTING_DOWN"
+        assert int(turned_away.headers["Retry-After"]) >= 1
         os.kill(runner, signal.SIGCONT)
         assert answer.result().status_code == 200
     assert keyless.process.wait(60) == 0

@@ -448,12 +448,13 @@ async def test_a_submitted_task_is_done_without_anyone_waiting(any_world: World)
 
 async def test_of_many_submitted_tasks_only_so_many_compute_at_once(embedded: World) -> None:
     running = most = 0
+    gate = asyncio.Event()
 
     async def count() -> None:
         nonlocal running, most
         running += 1
         most = max(most, running)
-        await asyncio.sleep(0.01)
+        await gate.wait()
         running -= 1
 
     embedded.runner.before = count
@@ -461,6 +462,8 @@ async def test_of_many_submitted_tasks_only_so_many_compute_at_once(embedded: Wo
     jobs = [embedded.job() for _ in range(8)]
     for job in jobs:
         await executor.submit(job)
+    await until_true(lambda: running == 2)
+    gate.set()
     for job in jobs:
         await until_status(embedded, job, "done")
     assert most == 2
