@@ -114,6 +114,7 @@ class WatchedRunner:
             RunnerLost: the process died with the item in it.
             RunnerTimedOut: it did not answer in time.
         """
+        self._watch.require()  # while BentoML starts the process again its socket takes calls, and answers none
         try:
             return await self._client.segment(item)
         except RunnerLost as error:
