@@ -45,6 +45,12 @@ store)
     ;;
 esac
 
+# What follows removes compilers: not from a developer's machine.
+if [ "$(id -u)" != 0 ] || ! id bentoml >/dev/null 2>&1 || [ ! -d /app ]; then
+    echo "container.sh: this is no image of the service" >&2
+    exit 1
+fi
+
 # The places that volumes are mounted at, owned by the service's user, so that a fresh named volume is writable for it.
 mkdir -p /app/weights /app/data
 chown bentoml:bentoml /app/weights /app/data
