@@ -1,7 +1,7 @@
 """What the journal costs: the service before it beside the service after it, in one run.
 
     python -m bench.reliability                    # before: the commit in front of the one that brought the journal
-    python -m bench.reliability --before COMMIT    # …or any other
+    python -m bench.reliability --before COMMIT --after COMMIT    # … or any two
 
 Both run side by side on the demo checkpoint and local storage, and are asked in turn, a burst each, so that whatever
 else the machine does falls on both. They are asked about one image again and again: the model takes as little of the
@@ -139,6 +139,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.reliability", description=__doc__.splitlines()[0])
     parser.add_argument("--before", help="commit; default: the one before the journal")
+    parser.add_argument("--after", help="commit; default: the files as they are")
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--requests", type=int, default=200, help="in each burst")
     parser.add_argument("--rounds", type=int, default=6)
@@ -155,7 +156,14 @@ def main(arguments: list[str] | None = None) -> int:
         ["git", "rev-parse", "--short=10", commit], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.strip()
     seen = results_file.conditions("torch", "bentoml", before=before, rounds=options.rounds)
-    with files_of(commit) as root, running(root) as old, running(ROOT) as new:
+    if options.after:
+        seen["after"] = options.after
+    with (
+        files_of(commit) as before_root,
+        files_of(options.after) if options.after else contextlib.nullcontext(ROOT) as after_root,
+        running(before_root) as old,
+        running(after_root) as new,
+    ):
         sides = {"before": old, "after": new}
         for turn in range(options.rounds):
             for concurrency in options.concurrency:

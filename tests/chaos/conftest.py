@@ -38,7 +38,7 @@ class Size:
 
 
 FULL = Size(storm=(1000, 20), outage=(300, 60.0), concurrency=16, patience_s=300.0)
-SMALL = Size(storm=(60, 4), outage=(40, 4.0), concurrency=8, patience_s=90.0)
+SMALL = Size(storm=(60, 3), outage=(40, 4.0), concurrency=8, patience_s=90.0)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from tests.chaos.world import RowWatch, Task, World
 from tests.conftest import wait_until
 
 STEPS = ("claim", "download", "model", "decode", "segment", "store", "upload", "finish", "done")
+MOST_TELLING = ("segment", "store", "upload", "done")  # before, at and after the result's way to the journal
 TAKEN_OVER_WITHIN_S = 15.0
 MAX_ATTEMPTS = 3
 PATIENCE_S = 90.0
@@ -50,7 +51,9 @@ def carried_out(world: World, kept: Kept, tasks: Sequence[Task]) -> dict[str, An
     return answers
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize(
+    "step", [pytest.param(step, marks=[] if step in MOST_TELLING else pytest.mark.slow) for step in STEPS]
+)
 def test_a_kill_before_a_step(world: World, kept: Kept, faults: Path, told: Told, step: str) -> None:
     tasks, story = world.tasks(1, seed=STEPS.index(step), asynchronous=1.0), Story()
     fault = faults / f"{tasks[0].task_id}@{step}"
