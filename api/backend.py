@@ -124,12 +124,11 @@ class Backend:
         self.executor.start()
 
     async def tasks_waiting(self) -> dict[str, int]:
-        """How many accepted tasks of this host are not finished, by state.
-
-        Raises:
-            JournalUnavailable: nobody can tell.
-        """
-        return await self.journal.counts()
+        """How many accepted tasks of this host are not finished, by state; empty when nobody can tell."""
+        try:
+            return await self.journal.counts()
+        except JournalUnavailable:
+            return {}
 
     async def dependencies(self) -> dict[str, Any]:
         """What `/health` says about what this needs; asks none of them."""
@@ -140,10 +139,8 @@ class Backend:
         }
 
     async def _journal_health(self) -> dict[str, Any]:
-        try:
-            return {"status": "ok", "waiting": sum((await self.tasks_waiting()).values())}
-        except JournalUnavailable:
-            return {"status": "down", "waiting": 0}
+        waiting = await self.tasks_waiting()
+        return {"status": "ok" if waiting else "down", "waiting": sum(waiting.values())}
 
     async def aclose(self) -> None:
         """Leave to the journal what still runs, then free processes, threads and connections."""
@@ -171,7 +168,7 @@ def make_backend(settings: Settings, runner_url: str, own_url: str) -> Backend:
     base_url = settings.public_url or own_url
     client = RunnerClient(
         runner_url,
-        timeout_s=settings.request_timeout_s,
+        timeout_s=settings.task_deadline_s,  # callers who wait have their own
         items_per_request=min(ITEMS_PER_REQUEST, settings.max_batch_size),
     )
     watch = RunnerWatch(client.info)
@@ -228,10 +225,17 @@ def retry_rules(watch: RunnerWatch, storage: CircuitBreaker, rows: CircuitBreake
         else:
             await asyncio.sleep(seconds)
 
-    suspicious = (RunnerLost, RunnerTimedOut)
+    suspicious = (RunnerLost,)
     # A refused key too: whoever mends it within the deadline loses nothing.
     storage_errors = (StorageUnavailable, StorageRefused, StorageTimeout)
-    passing = (*storage_errors, TaskStoreUnavailable, TaskStoreTimeout, ModelNotReady, *suspicious)
+    passing = (
+        *storage_errors,
+        TaskStoreUnavailable,
+        TaskStoreTimeout,
+        ModelNotReady,
+        RunnerTimedOut,
+        RunnerLost,
+    )
     return RetryRules(passing, suspicious, pause)
 
 

@@ -34,13 +34,16 @@ from tasks.errors import (
 from tasks.journal import COMPUTED, DONE, ERROR, FAILED, Entry, Journal, Verdict
 from tasks.pipeline import Attempt, Computed, Job, JobOutcome, Pipeline, Work, inputs_of
 from tasks.record import computed_of, job_of, job_record, result_record
+from tasks.store import TaskInputs
 
 T = TypeVar("T")
 
 # So often a process may die, or the model, with one task in it; whose fault it was, nobody can tell.
 MAX_ATTEMPTS: Final = 3
-# Delivering is no risk: a task that died in it was unlucky, unless it is so every time.
-MAX_DELIVERIES: Final = 12
+# Delivering is hardly a risk: a task that died in it was unlucky, unless it is so every time.
+MAX_DELIVERY_ATTEMPTS: Final = 20
+# Uploads and row updates that are tried at once in one process; after an outage a thousand may be due.
+MAX_DELIVERIES: Final = 32
 # From this attempt on a task runs alone, so that the one at fault does not take its neighbours with it again.
 SUSPECT_FROM_ATTEMPT: Final = 2
 # How long a caller waits for the row to be told of a failure that he is told too.
@@ -143,6 +146,7 @@ class TaskExecutor:
         self._deadline_s = deadline_s
         self._max_unfinished = max_unfinished
         self._places = asyncio.Semaphore(max_running)
+        self._deliveries = asyncio.Semaphore(MAX_DELIVERIES)
         self._alone = asyncio.Lock()
         self._runs: dict[str, _Run] = {}
         self._looking: asyncio.Task[None] | None = None
@@ -174,7 +178,9 @@ class TaskExecutor:
         ends_at_s = asyncio.get_running_loop().time() + timeout_s
         entry, run = await self._accept(job, begins=True)
         if run is None:
-            return await self._wait_elsewhere(entry, ends_at_s)
+            outcome = await self._wait_elsewhere(entry, ends_at_s)
+            await self._confirm(job, outcome)
+            return outcome
         run.waiting += 1
         try:
             return await self._wait(run, ends_at_s, is_caller_gone)
@@ -183,9 +189,11 @@ class TaskExecutor:
 
     async def submit(self, job: Job) -> None:
         """Accept one job and carry it through without a waiting caller. Raises as `run` does before it waits."""
-        _, run = await self._accept(job, begins=False)
+        entry, run = await self._accept(job, begins=False)
         if run is not None:
             run.is_wanted = True
+        elif entry.state == DONE:
+            await self._confirm(job, await self._recorded(entry))
 
     async def require_room(self) -> None:
         """Tell early that a new task would not be accepted.
@@ -310,6 +318,7 @@ class TaskExecutor:
         earlier = self._runs.get(entry.task_id)
         if earlier is not None and earlier.task is not None:  # it failed, and its row would be told in vain
             earlier.task.cancel()
+            run.work.follow(earlier.work)
         self._runs[entry.task_id] = run
         run.task = asyncio.create_task(self._execute(run, refusal), name=f"task-{entry.task_id}")
         return run
@@ -325,12 +334,24 @@ class TaskExecutor:
         except TimeoutError:
             if run.outcome.done():  # its own error is a timeout
                 return run.outcome.result()
-            if await is_caller_gone():
-                run.is_wanted = True
-            elif not run.is_wanted and run.waiting == 1:
-                run.end_now()
+            run.waiting -= 1
+            try:
+                if await is_caller_gone() or await self._is_wanted_elsewhere(run):
+                    run.is_wanted = True
+                elif not run.is_wanted and not run.waiting:
+                    run.end_now()
+            finally:
+                run.waiting += 1  # its caller takes one away
         async with asyncio.timeout(None if run.is_ending else 0):
             return await asyncio.shield(run.outcome)
+
+    async def _is_wanted_elsewhere(self, run: _Run) -> bool:
+        """Whether another process has answered 202 for it."""
+        try:
+            entry = await self._journal.get(run.job.task_id)
+        except JournalUnavailable:
+            return True
+        return entry is not None and entry.is_wanted
 
     async def _wait_elsewhere(self, entry: Entry, ends_at_s: float) -> JobOutcome:
         """The outcome of a task that is over, or that another process carries."""
@@ -348,6 +369,13 @@ class TaskExecutor:
         if entry.error is not None:
             raise TaskFailed(*entry.error)
         return await self._recorded(entry)
+
+    async def _confirm(self, job: Job, outcome: JobOutcome) -> None:
+        """See to it that the row still says what the journal does: it may have been reset before it was asked again."""
+        try:
+            await self._pipeline.confirm(Work(job, self._inputs_of(job)), outcome)
+        except TaskError as error:
+            _log.warning("the row of a finished task is not confirmed", extra=_of(job, reason=str(error)))
 
     async def _recorded(self, entry: Entry) -> JobOutcome:
         """The outcome of a task that is done, from the journal."""
@@ -386,18 +414,23 @@ class TaskExecutor:
             await self._let_go(run)
         except NotOurTask as taken:
             run.settle(taken)
+        except Exception as bug:  # nobody carries it then: it goes back to those who look
+            _log.exception("a failure could not be told", extra=_of(run.job))
+            run.settle(bug)
+            await asyncio.sleep(self._rules.max_pause_s)
+            await self._let_go(run)
 
     async def _carry(self, run: _Run) -> None:
         if run.entry.state == FAILED and run.entry.error is not None:
             raise TaskFailed(*run.entry.error)
         computed = await self._stored(run) if run.entry.state == COMPUTED else await self._compute(run)
-        run.is_computed = True
+        run.is_computed = run.has_begun = True
         run.settle(await self._pipeline.deliver(run.work, computed, self._attempt(run)))
         await self._end(run)
 
     async def _stored(self, run: _Run) -> Computed:
-        await self._begin(run, MAX_DELIVERIES)
-        record = await self._journal.result_of(run.job.task_id)
+        await self._begin(run, MAX_DELIVERY_ATTEMPTS)
+        record = await self._patiently(run, lambda: self._journal.result_of(run.job.task_id))
         if record is None:
             raise RecordUnreadable(f"the journal has no result of task {run.job.task_id}")
         computed = await asyncio.to_thread(computed_of, record)
@@ -410,17 +443,10 @@ class TaskExecutor:
                 computed = await self._compute_in_turn(run)
         except TimeoutError as error:
             raise run.failing or error from None
+        run.is_computed = True
         record = await asyncio.to_thread(result_record, computed)
         await self._reached(run, "store")
-        try:
-            is_ours = await self._journal.compute(run.entry, record)
-        except (
-            JournalUnavailable
-        ) as error:  # it is still in memory: deliver it now or, after a crash, compute it again
-            _log.error("the result is not journalled", extra=_of(run.job, reason=str(error)))
-            return computed
-        if not is_ours:
-            raise NotOurTask(f"task {run.job.task_id} was taken over")
+        await self._keep(run, lambda: self._journal.compute(run.entry, record))
         run.entry = replace(run.entry, state=COMPUTED)
         _log.info("computed", extra=_of(run.job, attempt=run.entry.attempts))
         return computed
@@ -431,20 +457,45 @@ class TaskExecutor:
         async with self._places:
             run.has_begun = True
             if run.entry.attempts + 1 < SUSPECT_FROM_ATTEMPT:
-                await self._begin(run, MAX_ATTEMPTS)
+                await self._begin(run)
                 return await self._pipeline.compute(run.work, self._attempt(run))
-            async with self._alone:  # and not begun before: what still waits is not to blame for what happens
-                run.is_alone = True
-                await self._begin(run, MAX_ATTEMPTS)
+            await self._go_alone(
+                run
+            )  # and not begun before: what still waits is not to blame for what happens
+            try:
+                await self._begin(run)
                 return await self._pipeline.compute(run.work, self._attempt(run))
+            finally:
+                self._go_with_others(run)
 
-    async def _begin(self, run: _Run, most: int) -> None:
+    async def _go_alone(self, run: _Run) -> None:
+        await self._alone.acquire()
+        run.is_alone = True
+
+    def _go_with_others(self, run: _Run) -> None:
+        if run.is_alone:
+            run.is_alone = False
+            self._alone.release()
+
+    async def _begin(self, run: _Run, most: int = MAX_ATTEMPTS) -> None:
         """Count one more attempt, on disk, before what may kill this process."""
         if run.entry.attempts >= most:
             raise TaskGaveUp(f"task {run.job.task_id} was begun {run.entry.attempts} times already")
-        if not await self._journal.begin(run.entry):
+        if not await self._patiently(run, lambda: self._journal.begin(run.entry)):
             raise NotOurTask(f"task {run.job.task_id} was taken over")
         run.entry = replace(run.entry, attempts=run.entry.attempts + 1)
+
+    async def _patiently(self, run: _Run, ask: Callable[[], Awaitable[T]]) -> T:
+        """Ask the journal until it answers: that it cannot be used now is no reason for a task to fail."""
+        pause_s = self._rules.first_pause_s
+        while True:
+            try:
+                return await ask()
+            except JournalUnavailable as error:
+                if run.unkept is None and pause_s == self._rules.first_pause_s:
+                    _log.error("the journal cannot be used", extra=_of(run.job, reason=str(error)))
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, self._rules.max_pause_s)
 
     async def _fail(self, run: _Run, error: Exception) -> None:
         """The error into the journal, then into the row, then to whoever waits: in this order, if it goes quickly."""
@@ -478,21 +529,15 @@ class TaskExecutor:
     async def _end(self, run: _Run) -> None:
         """The last word in the journal. Without it the task would be carried again, so it waits until it is there."""
         await self._reached(run, "done")
-        pause_s = self._rules.first_pause_s
-        while True:
-            try:
-                if run.unkept is not None and await run.unkept():
-                    run.unkept = None
-                await self._journal.finish(run.entry)
-                return
-            except JournalUnavailable as error:
-                _log.debug("the journal cannot be written", extra=_of(run.job, reason=str(error)))
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, self._rules.max_pause_s)
+        if run.unkept is not None:
+            await self._patiently(run, run.unkept)
+        if not await self._patiently(run, lambda: self._journal.finish(run.entry)):
+            _log.warning("the task's end is another process's to write", extra=_of(run.job))
 
     async def _let_go(self, run: _Run) -> None:
+        """Back to nobody, gently: what did not kill this process does not count as an attempt."""
         try:
-            await self._journal.release([run.entry])
+            await self._journal.release([run.entry], uncounted=run.has_begun)
         except JournalUnavailable as error:  # then the end of this process sets it free
             _log.warning("the task is not released", extra=_of(run.job, reason=str(error)))
 
@@ -508,7 +553,7 @@ class TaskExecutor:
         while True:
             await self._reached(run, step)
             try:
-                result = await (self._by_itself(run, call) if step == "segment" else call())
+                result = await self._place_for(run, step, call)
             except Exception as error:
                 if not self._may_pass(run, error):
                     raise
@@ -516,19 +561,34 @@ class TaskExecutor:
             else:
                 run.failures.pop(step, None)
                 return result
-            run.failures[step] = failure
             self._observer.retried(step)
-            _log.warning(
-                "a step failed and is tried again",
-                extra=_of(run.job, step=step, reason=f"{type(failure).__name__}: {failure}"),
-            )
+            if step not in run.failures:  # once for each outage, not for each try
+                reason = f"{type(failure).__name__}: {failure}"
+                _log.warning("a step failed and is tried again", extra=_of(run.job, step=step, reason=reason))
+            run.failures[step] = failure
             if isinstance(failure, self._rules.suspicious) and not run.is_computed:
-                await self._begin(run, MAX_ATTEMPTS)
-            await self._rules.pause(failure, pause_s * random.uniform(0.5, 1.0))
+                await self._begin(run)
+            await self._pause(run, failure, pause_s * random.uniform(0.5, 1.0))
             pause_s = min(2 * pause_s, self._rules.max_pause_s)
 
+    async def _pause(self, run: _Run, failure: Exception, seconds: float) -> None:
+        """Wait for what is away; a task that goes alone lets the others go meanwhile."""
+        was_alone = run.is_alone
+        self._go_with_others(run)
+        await self._rules.pause(failure, seconds)
+        if was_alone:
+            await self._go_alone(run)
+
+    async def _place_for(self, run: _Run, step: str, call: Callable[[], Awaitable[T]]) -> T:
+        if step == "segment":
+            return await self._by_itself(run, call)
+        if not run.is_computed:
+            return await call()
+        async with self._deliveries:
+            return await call()
+
     async def _by_itself(self, run: _Run, call: Callable[[], Awaitable[T]]) -> T:
-        """A task in which the model died before goes into it alone."""
+        """A task in which the model died before goes into it after the others of its kind, not beside them."""
         if run.is_alone or run.entry.attempts < SUSPECT_FROM_ATTEMPT:
             return await call()
         async with self._alone:
@@ -560,7 +620,7 @@ class TaskExecutor:
                     _log.warning("tasks taken over", extra={"count": len(orphans)})
                 for entry in orphans:
                     self._observer.taken_over()
-                    await self._resume(entry)
+                    await self._resume_or_let_go(entry)
                 if loop.time() >= prune_at_s:
                     prune_at_s = loop.time() + PRUNE_EVERY_S
                     await self._journal.prune()
@@ -570,19 +630,34 @@ class TaskExecutor:
                 _log.exception("looking for tasks to take over failed")
             await asyncio.sleep(TAKE_OVER_EVERY_S * random.uniform(0.5, 1.0))
 
+    async def _resume_or_let_go(self, entry: Entry) -> None:
+        """Whatever is wrong with one of them, the others must not wait for it."""
+        try:
+            await self._resume(entry)
+        except Exception:
+            _log.exception("a task cannot be carried on", extra={"task_id": entry.task_id})
+            await self._journal.release([entry])
+
     async def _resume(self, entry: Entry) -> None:
         try:
             job = job_of(entry.job)
-        except RecordUnreadable as error:  # its row stays as it is: nothing here knows which row that is
+            inputs = self._inputs_of(job)
+        except (
+            RecordUnreadable,
+            TaskError,
+        ) as error:  # its row stays as it is: nobody knows which row that is
             _log.error("a task cannot be read", extra={"task_id": entry.task_id, "reason": str(error)})
             await self._journal.fail(entry, *self._code_of(error))
+            await self._journal.finish(entry)
             return
-        try:
-            inputs = self._pipeline.inputs_of(job)
-        except StorageError:  # refused for that, or the bucket has another name since; its own step says so
-            inputs = inputs_of(job)
         run = self._launch(entry, Work(job, inputs), has_begun=False)
         run.is_wanted = True
+
+    def _inputs_of(self, job: Job) -> TaskInputs:
+        try:
+            return self._pipeline.inputs_of(job)
+        except StorageError:  # refused for that, or the bucket has another name since; its own step says so
+            return inputs_of(job)
 
 
 class _Run:

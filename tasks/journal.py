@@ -40,11 +40,12 @@ ERROR: Final = "error"
 UNFINISHED: Final = (ACCEPTED, COMPUTED, FAILED)
 
 FIRST_STAGE: Final = "accepted"
+TAKEN_AT_ONCE: Final = 64  # so that other processes get some, too
 PRUNED_AT_ONCE: Final = 200  # entries in one transaction
 FREED_AT_ONCE: Final = 256  # pages in one transaction: 1 MB
 
 _COLUMNS: Final = (
-    "task_id, fingerprint, job, state, stage, attempts, owner, run, error_code, error_message, "
+    "task_id, fingerprint, job, state, stage, attempts, owner, run, is_wanted, error_code, error_message, "
     "accepted_at, deadline_at, updated_at"
 )
 _NAMES: Final = _COLUMNS.split(", ")
@@ -85,6 +86,7 @@ class Entry:
         attempts: Runs begun.
         owner: The process whose it is; None is nobody.
         run: Grows whenever the entry changes hands or is run again.
+        is_wanted: Somebody who does not wait for it was told that it was accepted.
         error: Code and message, in FAILED and ERROR.
         accepted_at: Unix time, seconds; as are the others. Of the latest acceptance.
         deadline_at: When a run without a result is given up.
@@ -99,6 +101,7 @@ class Entry:
     attempts: int
     owner: str | None
     run: int
+    is_wanted: bool
     error: tuple[str, str] | None
     accepted_at: float
     deadline_at: float
@@ -169,7 +172,7 @@ class Journal:
             job: JSON values.
             deadline_s: From now.
             max_unfinished: So many unfinished entries at most, of all processes.
-            begins: Whether its first attempt begins at once, and counts.
+            begins: Whether its first attempt begins at once, and counts, while somebody waits for it.
 
         Returns:
             The entry, and what it is:
@@ -191,6 +194,11 @@ class Journal:
                 if found.fingerprint != fingerprint:
                     raise TaskConflict(f"task_id {task_id!r} is in use with other inputs")
                 if found.state in (ACCEPTED, COMPUTED):
+                    if not begins and not found.is_wanted:
+                        bound = {"task_id": task_id}
+                        transaction.connection.execute(
+                            "update entries set is_wanted = 1 where task_id = :task_id", bound
+                        )
                     return found, Verdict.JOINED
                 if found.state == DONE:
                     return found, Verdict.RECORDED
@@ -209,6 +217,7 @@ class Journal:
                 attempts=int(begins),
                 owner=self.owner,
                 run=1 if found is None else found.run + 1,
+                is_wanted=not begins,
                 error=None,
                 accepted_at=now,
                 deadline_at=now + deadline_s,
@@ -290,23 +299,29 @@ class Journal:
 
         return await self._write(work)
 
-    async def release(self, entries: Iterable[Entry]) -> None:
-        """Let go of unfinished entries, for another process or a later `take_over`; those not ours stay."""
+    async def release(self, entries: Iterable[Entry], *, uncounted: bool = False) -> None:
+        """Let go of unfinished entries, for another process or a later `take_over`; those not ours stay.
+
+        Args:
+            entries: Of ours.
+            uncounted: Whether the attempt that was begun does not count: nothing died of it.
+        """
+        changes = "owner = null, attempts = max(0, attempts - 1)" if uncounted else "owner = null"
         all_bound = [self._bound(entry) for entry in entries]
 
         def work(transaction: Transaction) -> None:
             for bound in all_bound:
-                _change(transaction, bound, "owner = null", _IS_UNFINISHED)
+                _change(transaction, bound, changes, _IS_UNFINISHED)
 
         await self._write(work)
 
     async def take_over(self) -> list[Entry]:
-        """Make all unfinished entries ours that are nobody's or a dead process's; no other process gets the same.
+        """Make unfinished entries ours that are nobody's or a dead process's; no other process gets the same.
 
         Costs no commit when there are none, so that it can be asked every second.
 
         Returns:
-            Oldest first. One that is damaged beyond reading ends as ERROR, and is logged.
+            Oldest first, `TAKEN_AT_ONCE` at most. One that is damaged beyond reading ends as ERROR, and is logged.
         """
         held = await self._opened()
         owners = await self._reader.call(_owners_of_unfinished)
@@ -319,7 +334,8 @@ class Journal:
         def work(transaction: Transaction) -> list[Entry]:
             connection = transaction.connection
             statement = f"""
-                update entries set owner = :owner, run = run + 1, updated_at = :now where {_IS_OWNERLESS}
+                update entries set owner = :owner, run = run + 1, updated_at = :now
+                where id in (select id from entries where {_IS_OWNERLESS} order by accepted_at limit {TAKEN_AT_ONCE})
                 returning {_COLUMNS}
             """
             rows = connection.execute(statement, {**bound, "now": transaction.now}).fetchall()
@@ -496,7 +512,7 @@ def _find(connection: sqlite3.Connection, task_id: str) -> Entry | None:
 
 def _parse(row: tuple[Any, ...]) -> Entry:
     """Raises JournalUnavailable where the bytes of a row have changed on the disk."""
-    task_id, fingerprint, job, state, stage, attempts, owner, run, code, message, *times = row
+    task_id, fingerprint, job, state, stage, attempts, owner, run, is_wanted, code, message, *times = row
     try:
         return Entry(
             task_id=task_id,
@@ -507,6 +523,7 @@ def _parse(row: tuple[Any, ...]) -> Entry:
             attempts=int(attempts),
             owner=owner,
             run=int(run),
+            is_wanted=bool(is_wanted),
             error=None if code is None else (code, message or ""),
             accepted_at=float(times[0]),
             deadline_at=float(times[1]),
@@ -543,6 +560,7 @@ def _put(connection: sqlite3.Connection, entry: Entry, job: str) -> None:
             entry.attempts,
             entry.owner,
             entry.run,
+            int(entry.is_wanted),
         ),
         *(None, None, entry.accepted_at, entry.deadline_at, entry.updated_at),
     )

@@ -32,6 +32,7 @@ STEPS: Final = (
         attempts integer not null,
         owner text,
         run integer not null,
+        is_wanted integer not null,
         error_code text,
         error_message text,
         accepted_at real not null,
@@ -97,7 +98,8 @@ def database_of(directory: Path) -> Path:
 def prepared(directory: Path) -> Iterator[Turns]:
     """Makes the directories where they are missing, and holds the lock that orders all who write."""
     made = [path for path in (directory, *directory.parents) if not path.exists()]
-    (directory / "owners").mkdir(parents=True, exist_ok=True)
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds prompts, links and results
+    (directory / "owners").mkdir(exist_ok=True)
     for path in made:
         sync(path.parent)
     lock = Turns(directory / "lock")

@@ -33,7 +33,7 @@ from tasks.owners import is_free
 _log = logging.getLogger(__name__)
 
 _COLUMNS: Final = (
-    "id, task_id, fingerprint, job, state, stage, attempts, run, error_code, error_message, "
+    "id, task_id, fingerprint, job, state, stage, attempts, run, is_wanted, error_code, error_message, "
     "accepted_at, deadline_at, updated_at"
 )
 _LAST_ID: Final = 2**40

@@ -267,6 +267,11 @@ class Pipeline:
         await attempt("finish", lambda: work.write_row(self._tasks.finish(work.inputs, result)))
         return outcome
 
+    async def confirm(self, work: Work, outcome: JobOutcome) -> None:
+        """Makes the row of a finished task `done` once more, if somebody reset it."""
+        await self._tasks.start(work.inputs)
+        await self._tasks.finish(work.inputs, _row_result(outcome))
+
     async def tell_failure(self, work: Work, code: str, message: str, attempt: Attempt = once) -> None:
         """Makes the row `error`, after an update of it that may still be under way: that could overtake ours."""
         await work.end_row_write()
@@ -387,6 +392,10 @@ class Work:
 
         self._row_write = asyncio.create_task(timed())
         await asyncio.shield(self._row_write)
+
+    def follow(self, earlier: Work) -> None:
+        """Take over an update of the same row that may still be under way."""
+        self._row_write = earlier._row_write
 
     async def end_row_write(self) -> None:
         """Waits for an update that nobody waits for any more; one that takes too long is cancelled."""

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
 from sam3_runner.errors import (
@@ -27,6 +28,7 @@ from storage import ForeignUrl, ObjectNotFound, ObjectTooLarge, StorageError
 from tasks.errors import (
     BacklogFull,
     InvalidTaskId,
+    JournalUnavailable,
     TaskConflict,
     TaskFailed,
     TaskGaveUp,
@@ -34,8 +36,9 @@ from tasks.errors import (
     WorkerStops,
 )
 from tasks.executor import MAX_ATTEMPTS, TaskExecutor
-from tasks.journal import ACCEPTED, COMPUTED, Journal
+from tasks.journal import ACCEPTED, COMPUTED, DONE, ERROR, Journal
 from tasks.pipeline import STAGES, Job, runner_error
+from tasks.record import job_record
 from tasks.store import TaskRow
 from tests.servers.postgrest import PostgrestStandIn
 from tests.servers.s3 import S3Server
@@ -715,6 +718,123 @@ async def test_what_does_not_end_in_the_grace_period_goes_on_elsewhere(
     embedded.runner.before = None
     async with another_process(embedded, tmp_path) as other:
         other.start()
+        await until_status(embedded, job, "done")
+
+
+# A journal that fails in between
+
+
+class FlakyJournal:
+    """A journal of which some calls fail, so many times, as on a disk that is full for a moment."""
+
+    def __init__(self, journal: Journal, **fails: int) -> None:
+        self._journal = journal
+        self.fails = fails
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._journal, name)
+        if name not in self.fails:
+            return method
+
+        async def call(*arguments: Any, **named: Any) -> Any:
+            if self.fails[name] > 0:
+                self.fails[name] -= 1
+                raise JournalUnavailable("no space is left on the journal's disk")
+            return await method(*arguments, **named)
+
+        return call
+
+
+async def until_done_in(journal: Journal, job: Job, state: str) -> None:
+    async def is_so() -> bool:
+        entry = await journal.get(job.task_id)
+        return entry is not None and entry.state == state
+
+    await until(is_so, f"the journal says {state}")
+
+
+@pytest.mark.parametrize("write", ["compute", "finish", "begin"])
+async def test_a_journal_that_fails_for_a_moment_costs_nothing(embedded: World, write: str) -> None:
+    flaky: Any = FlakyJournal(embedded.journal, **{write: 2})
+    job = embedded.job()
+    await embedded.executor(journal=flaky).submit(job)
+    await until_status(embedded, job, "done")
+    await until_done_in(embedded.journal, job, DONE)
+    assert len(embedded.runner.calls) == 1
+    assert flaky.fails[write] == 0
+
+
+async def test_a_failure_that_cannot_be_journalled_is_told_and_journalled_later(embedded: World) -> None:
+    flaky: Any = FlakyJournal(embedded.journal, fail=2)
+    job = embedded.job(image_url="uploads/missing.png")
+    with pytest.raises(ObjectNotFound):
+        await embedded.run(job, embedded.executor(journal=flaky))
+    assert (await embedded.row(job)).status == "error"
+    await until_done_in(embedded.journal, job, ERROR)
+
+
+async def test_one_record_that_cannot_be_read_strands_no_other(embedded: World, tmp_path: Path) -> None:
+    bad = {"bad-1": {}, "bad-2": {**job_record(embedded.job()), "task_id": "../x"}}
+    for task_id, record in bad.items():
+        await embedded.journal.accept(task_id, "f", record, deadline_s=60, max_unfinished=10, begins=False)
+    embedded.runner.before = forever
+    job = embedded.job()
+    await embedded.executor().submit(job)
+    await until_true(lambda: len(embedded.runner.calls) == 1)
+    await die(embedded)
+    embedded.runner.before = None
+    async with aclosing(Journal(tmp_path / "journal")) as journal:
+        other = embedded.executor(journal=journal)
+        other.start()
+        await until_status(embedded, job, "done")
+        for task_id in bad:
+            await until_done_in(journal, replace(job, task_id=task_id), ERROR)
+        await other.aclose()
+
+
+async def test_what_another_process_promised_with_202_is_not_given_up_with_its_first_caller(
+    embedded: World, tmp_path: Path
+) -> None:
+    gate = asyncio.Event()
+    embedded.runner.before = gate.wait  # type: ignore[assignment]
+    job = embedded.job()
+    async with another_process(embedded, tmp_path) as other:
+        waiting = asyncio.create_task(embedded.run(job, embedded.executor(), timeout_s=1.0))
+        await until_true(lambda: len(embedded.runner.calls) == 1)
+        await other.submit(job)
+        with pytest.raises(TimeoutError):
+            await waiting
+        gate.set()
+        await until_status(embedded, job, "done")
+
+
+async def test_a_row_that_was_reset_is_written_again_when_its_task_is_asked_for(
+    world: World, dsn: str
+) -> None:
+    executor, job = world.executor(), world.job()
+    await world.run(job, executor)
+    for ask in (lambda: world.run(job, executor), lambda: executor.submit(job)):
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            reset = "update segmentation_results set status = 'pending', metadata = '{}' where id = %s"
+            connection.execute(reset, (job.task_id,))
+        await ask()
+        assert (await world.row(job)).status == "done"
+    assert len(world.runner.calls) == 1
+
+
+async def test_a_gentle_stop_is_no_attempt(embedded: World, tmp_path: Path) -> None:
+    embedded.runner.before = forever
+    job = embedded.job()
+    await embedded.executor().submit(job)
+    await until_true(lambda: len(embedded.runner.calls) == 1)
+    await embedded.executors[0].aclose()
+    for life in range(2, MAX_ATTEMPTS + 2):
+        async with another_process(embedded, tmp_path) as other:
+            other.start()
+            await until_true(lambda life=life: len(embedded.runner.calls) == life)
+    embedded.runner.before = None
+    async with another_process(embedded, tmp_path) as last:
+        last.start()
         await until_status(embedded, job, "done")
 
 
