@@ -264,7 +264,7 @@ class ImageSandbox:
             self._has_landlock = False
             logger.warning(
                 "the kernel has no Landlock, or the container withholds it: "
-                "an image that takes its decoder over can open files and connect to the network"
+                "an image that takes its decoder over could read what the service can, its keys too"
             )
 
     def _arguments(self) -> tuple[str, ...]:

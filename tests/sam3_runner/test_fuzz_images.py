@@ -46,7 +46,8 @@ async def fuzz(numbers: Iterable[int]) -> Counter[tuple[str, str]]:
         image = await sandbox.open_for_model(seeds()["png"], SIDE)
         assert image.size_hw == (64, 96)
         assert sandbox._template is not None
-        template = psutil.Process(sandbox._template._process.pid)  # other tests have children of this process, too
+        # Its own: other tests have children of this process, too.
+        template = psutil.Process(sandbox._template._process.pid)
         assert [child.status() for child in template.children()] == ["sleeping"] * PROCESSES
     finally:
         await sandbox.aclose()
