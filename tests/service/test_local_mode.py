@@ -514,5 +514,5 @@ def test_metrics_of_all_processes_come_together(local: Served, local_image: str)
     assert 's3_errors_total{code="UNAUTHORIZED"}' in after
     # In memory where there is some, and surely not in BENTOML_HOME.
     runner = psutil.Process(local.runner_pid())
-    counted = Path(runner.environ()["S3_LIFECYCLE_DIR"], "metrics", f"histogram_{runner.pid}.db")
-    assert str(counted) in {mapped.path for mapped in runner.memory_maps()}
+    file = Path(runner.environ()["S3_LIFECYCLE_DIR"], "metrics", f"histogram_{runner.pid}.db")
+    assert str(file) in {mapped.path for mapped in runner.memory_maps()}
