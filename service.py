@@ -26,6 +26,7 @@ from api.backend import check_settings, make_backend, prepare_journal
 from api.config import DEFAULT_PORT, LOOPBACK, ConfigurationError, Settings, read_settings
 from api.lifecycle import (
     count_as_caller,
+    count_in_memory,
     drain_before_stop,
     end_with_supervisor,
     fail_service,
@@ -85,6 +86,7 @@ class Sam3Runner:
 
         configure_logs(settings.log_level, settings.secrets())
         end_with_supervisor()
+        count_in_memory()
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._has_gpu = torch.cuda.is_available()
         self.gate = BatchGate(settings.max_batch_size)
@@ -168,6 +170,7 @@ class S3Backend:
     def __init__(self) -> None:
         configure_logs(settings.log_level, settings.secrets())
         end_with_supervisor()
+        count_in_memory()
         count_as_caller()
         runner_url, own_url = _url_of(Sam3Runner), _url_of(S3Backend)
         if runner_url is None or own_url is None:

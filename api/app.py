@@ -149,8 +149,8 @@ async def _predict_batch(request: Request, backend: Backend, record: RequestReco
 
 
 async def _do(request: Request, backend: Backend, record: RequestRecord, schema: type[RequestT]) -> Response:
-    await backend.require_room()
-    with backend.in_flight.slot():
+    with backend.in_flight.slot():  # first of all: under overload this is the answer, and it costs nothing
+        await backend.require_room()
         job = await _read_job(request, backend, record, schema)
         await _require_model(backend, job)
         if wants_async(request.headers.getlist("prefer")):

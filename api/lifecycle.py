@@ -1,4 +1,4 @@
-"""How the processes of one `bentoml serve` end together.
+"""How the processes of one `bentoml serve` end together, and where they count together.
 
 BentoML's supervisor leaves three things to wish for:
 
@@ -7,6 +7,9 @@ BentoML's supervisor leaves three things to wish for:
 - It tells all processes to stop at the same moment. A request whose image is still on its way would find the
   model gone. So web workers hold a lock as long as they live, and the runner stops after the last of them.
 - When it is killed, the others go on for ever, the model's memory with them. They ask the kernel to be told.
+
+And it has every process count its metrics in mapped files on a disk, where the first write with no space left is a
+SIGBUS, in each process that is started anew. Here they lie in memory, with what else the processes share.
 """
 
 from __future__ import annotations
@@ -31,11 +34,15 @@ from typing import Any
 _VARIABLE = "S3_LIFECYCLE_DIR"  # ours alone: from the supervisor to its processes
 _POLL_S = 0.05
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+_MEMORY = "/dev/shm"
+_MEMORY_BYTES = 16 << 20  # a process's metrics take some 200 kB, and stay when it dies
 
 
 def prepare_processes() -> None:
     """In the supervisor, before it starts any process: make the other functions possible."""
-    directory = Path(tempfile.mkdtemp(prefix="s3-backend-"))
+    parent = _MEMORY if _is_roomy_memory(_MEMORY) else None  # else that of temporary files
+    directory = Path(tempfile.mkdtemp(prefix="s3-backend-", dir=parent))
+    (directory / "metrics").mkdir()
     (directory / "callers").touch()
     (directory / "supervisor").write_text(str(os.getpid()))
     os.environ[_VARIABLE] = str(directory)
@@ -74,6 +81,13 @@ def shared_file(name: str) -> Path | None:
     """In any of the processes: a path that is the same for all of them; None where nobody supervises."""
     directory = _directory()
     return None if directory is None else directory / name
+
+
+def count_in_memory() -> None:
+    """In one of the processes, before its first metric: count where all of them do, and not where BentoML says."""
+    directory = _directory()
+    if directory is not None:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory / "metrics")
 
 
 def outlive_callers(deadline_s: float) -> None:
@@ -119,6 +133,17 @@ def drain_before_stop(drain: Callable[[], Coroutine[Any, Any, None]]) -> None:
         loop.call_soon_threadsafe(lambda: draining.append(loop.create_task(drain_then_stop())))
 
     signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def _is_roomy_memory(path: str) -> bool:
+    """Whether it is a file system in memory that this process may write to, with space left."""
+    try:
+        mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+        space = os.statvfs(path)
+    except OSError:
+        return False
+    is_memory = any(mount[1:3] == [path, "tmpfs"] for mount in mounts)
+    return is_memory and os.access(path, os.W_OK) and space.f_bavail * space.f_frsize >= _MEMORY_BYTES
 
 
 def _wait_for_callers(path: Path, deadline_s: float) -> None:

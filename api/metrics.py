@@ -1,7 +1,7 @@
 """Prometheus metrics over all processes of the service.
 
-BentoML gives every process of one `bentoml serve` the same `PROMETHEUS_MULTIPROC_DIR`; the Prometheus client
-then keeps each process's values in a file there, and any process can add them all up. One scrape of any web
+All processes of one `bentoml serve` have the same `PROMETHEUS_MULTIPROC_DIR` (`api/lifecycle.py`); the Prometheus
+client then keeps each process's values in a file there, and any process can add them all up. One scrape of any web
 worker sees the other workers and the runner too. Counters and histograms stay right when a process dies; of
 gauges, the file that it leaves behind is removed. What all processes share, such as the tasks of the journal,
 is asked for at the scrape, and in no file.

@@ -10,7 +10,7 @@ run where it is read.
 
     asker → template   COMMAND, with the child's socket and memory as file descriptors if it is to fork
     template → asker   ENDED
-    child → asker      READY once, then one REPLY, with a text if it is an error, per request
+    child → asker      READY once, or READY_WITHOUT_LANDLOCK, then one REPLY, with a text if it is an error, per request
     asker → child      REQUEST
 """
 
@@ -52,6 +52,7 @@ ENDED: Final = struct.Struct(
     "<Ii"
 )  # the child's number; its exit code, or the signal that ended it, negative
 READY: Final = b"ready"
+READY_WITHOUT_LANDLOCK: Final = b"ready, without Landlock"
 
 PROBE: Final = b"P"
 DECODE: Final = b"D"
@@ -170,9 +171,9 @@ class Template:
             _close_all_but(channel_fd, memory_fd)
             with socket.socket(fileno=channel_fd) as channel:
                 child = Child(channel, memory_fd, self._limits, self._cpu_s)
-                _confine(self._memory_bytes)
+                has_landlock = _confine(self._memory_bytes)
                 os.dup2(0, 2)  # codecs write warnings there
-                child.serve()
+                child.serve(READY if has_landlock else READY_WITHOUT_LANDLOCK)
             os._exit(0)
         except BaseException:
             traceback.print_exc()  # in the asker's log, if it could not even begin
@@ -226,9 +227,9 @@ class Child:
         self._limits = limits
         self._cpu_s = cpu_s
 
-    def serve(self) -> None:
+    def serve(self, greeting: bytes) -> None:
         """Until the asker is gone."""
-        self._channel.send(READY)
+        self._channel.send(greeting)
         while request := self._channel.recv(REQUEST.size):
             self._grant_cpu_seconds()
             number, what, size, input_size_px = REQUEST.unpack(request)
@@ -277,8 +278,8 @@ def _give_memory_back() -> None:
 # --- confinement --------------------------------------------------------------------------------------------
 
 
-def _confine(memory_bytes: int) -> None:
-    """Bound what a codec gone wrong can take from others."""
+def _confine(memory_bytes: int) -> bool:
+    """Bound what a codec gone wrong can take from others; False if that is limits alone, for want of Landlock."""
     with contextlib.suppress(OSError):  # if memory is short all the same, the kernel ends this process first
         Path("/proc/self/oom_score_adj").write_text("1000")
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
@@ -287,7 +288,7 @@ def _confine(memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_NOFILE, (_MAX_OPEN_FILES,) * 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    give_up_all_but_reading(_libraries())
+    return give_up_all_but_reading(_libraries())
 
 
 def _libraries() -> set[str]:

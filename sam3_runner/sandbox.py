@@ -101,6 +101,7 @@ class ImageSandbox:
         self._running: set[asyncio.Task[_Answer]] = set()
         self._idle: asyncio.LifoQueue[_Child | None] = asyncio.LifoQueue()  # None: closed
         self._has_children = False
+        self._has_landlock = True  # until a child says otherwise
 
     @property
     def is_ready(self) -> bool:
@@ -229,7 +230,7 @@ class ImageSandbox:
         while True:
             try:
                 child = await self._new_child()
-            except (_ChildEnded, TimeoutError, OSError) as error:
+            except Exception as error:  # whatever it is: nobody else would make this child
                 self._has_children = False
                 logger.error("an image decoder cannot be started: %r", error)
                 await asyncio.sleep(_RETRY_S)
@@ -249,13 +250,22 @@ class ImageSandbox:
         child = self._template.fork(self._limits.max_bytes)
         try:
             async with asyncio.timeout(_START_DEADLINE_S):
-                if await child.receive() != decoder.READY:
-                    raise _ChildEnded(None)
+                self._greet(await child.receive())
             self._template.is_up = True
         except BaseException:
             child.kill()
             raise
         return child
+
+    def _greet(self, greeting: bytes) -> None:
+        if greeting not in (decoder.READY, decoder.READY_WITHOUT_LANDLOCK):
+            raise _ChildEnded(None)
+        if self._has_landlock and greeting == decoder.READY_WITHOUT_LANDLOCK:
+            self._has_landlock = False
+            logger.warning(
+                "the kernel has no Landlock, or the container withholds it: "
+                "an image that takes its decoder over could read what the service can, its keys too"
+            )
 
     def _arguments(self) -> tuple[str, ...]:
         numbers = (

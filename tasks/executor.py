@@ -48,6 +48,7 @@ MAX_DELIVERIES: Final = 32
 SUSPECT_FROM_ATTEMPT: Final = 2
 # How long a caller waits for the row to be told of a failure that he is told too.
 TELL_WAIT_S: Final = 5.0
+COUNTED_FOR_S: Final = 0.1
 TAKE_OVER_EVERY_S: Final = 1.0
 PRUNE_EVERY_S: Final = 300.0
 # How often a request looks after a task that another process carries: growing from the first to the second.
@@ -149,6 +150,8 @@ class TaskExecutor:
         self._deliveries = asyncio.Semaphore(MAX_DELIVERIES)
         self._alone = asyncio.Lock()
         self._runs: dict[str, _Run] = {}
+        self._unfinished = 0  # over all processes, as counted a moment ago
+        self._count_again_at_s = 0.0
         self._looking: asyncio.Task[None] | None = None
         self.is_draining = False
 
@@ -196,14 +199,17 @@ class TaskExecutor:
             await self._confirm(job, await self._recorded(entry))
 
     async def require_room(self) -> None:
-        """Tell early that a new task would not be accepted.
+        """Tell early that a new task would not be accepted; about so: `submit` and `run` tell exactly.
 
         Raises:
             BacklogFull: too many are under way.
             JournalUnavailable: the journal cannot be read.
         """
-        counts = await self._journal.counts()
-        if sum(counts.values()) >= self._max_unfinished:
+        now_s = asyncio.get_running_loop().time()
+        if now_s >= self._count_again_at_s:
+            self._unfinished = sum((await self._journal.counts()).values())
+            self._count_again_at_s = now_s + COUNTED_FOR_S
+        if self._unfinished >= self._max_unfinished:
             raise BacklogFull(f"{self._max_unfinished} tasks are under way here already")
 
     async def knows(self, task_id: str) -> bool:

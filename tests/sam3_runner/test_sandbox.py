@@ -58,20 +58,25 @@ async def sandbox(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Ima
         os.set_inheritable(lock.fileno(), True)
         made = OrderedAbout(LIMITS, processes=2, timeout_s=TIMEOUT_S, memory_bytes=MEMORY)
         made.start()
-        await until(lambda: len(decoders()) == 2)
+        await until(lambda: len(decoders(made)) == 2)
         yield made
+    processes = [template(made), *decoders(made)]
     await made.aclose()
-    assert psutil.Process().children(recursive=True) == []  # no zombie either
+    assert not any(process.is_running() for process in processes)  # no zombie either
 
 
-def template() -> psutil.Process:
-    """The one of this process; there is none before the first sandbox starts."""
-    (found,) = psutil.Process().children()
-    return found
+def template(sandbox: ImageSandbox) -> psutil.Process:
+    """Its own: other tests have children of this process, too."""
+    assert sandbox._template is not None
+    return psutil.Process(sandbox._template._process.pid)
 
 
-def decoders() -> list[psutil.Process]:
-    return [child for found in psutil.Process().children() for child in found.children()]
+def decoders(sandbox: ImageSandbox) -> list[psutil.Process]:
+    """None before the template has started, and none while it is replaced."""
+    try:
+        return [] if sandbox._template is None else template(sandbox).children()
+    except psutil.NoSuchProcess:
+        return []
 
 
 async def until(ask: Callable[[], bool], deadline_s: float = 60) -> None:
@@ -176,18 +181,18 @@ class TestCodecsGoneWrong:
         assert message in str(failed)
         assert "save it" in str(failed)  # what to do
         assert all(isinstance(image, ModelImage) for image in opened)
-        await until(lambda: len(decoders()) == 2, 5)
+        await until(lambda: len(decoders(sandbox)) == 2, 5)
 
     @pytest.mark.parametrize("is_idle", [True, False])
     async def test_a_child_that_answers_unasked_is_replaced_and_not_believed(
         self, sandbox: ImageSandbox, is_idle: bool
     ) -> None:
-        before = set(decoders())
+        before = set(decoders(sandbox))
         await sandbox.open_for_model(ordered(PNG, "answer_unasked"), SIDE)
         if not is_idle:
             naps = [sandbox.open_for_model(ordered(KINDS["one_pixel"].make(), "nap"), SIDE) for _ in range(2)]
             assert [image.size_hw for image in await asyncio.gather(*naps)] == [(1, 1), (1, 1)]
-        await until(lambda: len(decoders()) == 2 and set(decoders()) != before, 5)
+        await until(lambda: len(decoders(sandbox)) == 2 and set(decoders(sandbox)) != before, 5)
 
     async def test_memory_that_a_child_shares_cannot_be_made_shorter(self, sandbox: ImageSandbox) -> None:
         with pytest.raises(RuntimeError, match="PermissionError"):
@@ -213,29 +218,34 @@ class TestDeathFromOutside:
         self, sandbox: ImageSandbox
     ) -> None:
         for _ in range(3):
-            killed = decoders()
+            killed = decoders(sandbox)
             for child in killed:
                 child.kill()
             await asyncio.gather(*(works(sandbox) for _ in range(8)))
-            await until(lambda: len(decoders()) == 2, 5)
-            assert not set(decoders()) & set(killed)
+            await until(lambda: len(decoders(sandbox)) == 2, 5)
+            assert not set(decoders(sandbox)) & set(killed)
 
     async def test_children_killed_at_work_cost_nothing(self, sandbox: ImageSandbox) -> None:
-        requests = [asyncio.create_task(sandbox.open_for_model(ordered(PNG, "nap"), SIDE)) for _ in range(12)]
-        for _ in range(3):
-            await asyncio.sleep(0.4)  # two naps: what was tried anew is done
-            for child in decoders():
+        for _ in range(3):  # one blow for each lot: whom two hit is told that the image did it
+            requests = [
+                asyncio.create_task(sandbox.open_for_model(ordered(PNG, "nap"), SIDE)) for _ in range(4)
+            ]
+            await until(lambda: len(sandbox._running) == 2)
+            await asyncio.sleep(0.05)  # the naps have begun
+            killed = decoders(sandbox)
+            for child in killed:
                 child.kill()
-        assert all(image.size_hw == (64, 96) for image in await asyncio.gather(*requests))
+            assert all(image.size_hw == (64, 96) for image in await asyncio.gather(*requests))
+            assert not set(decoders(sandbox)) & set(killed)
 
     async def test_so_does_the_template(self, sandbox: ImageSandbox) -> None:
         request = asyncio.create_task(sandbox.open_for_model(ordered(PNG, "nap"), SIDE))
         await asyncio.sleep(0.05)
-        children, killed = decoders(), template()
+        children, killed = decoders(sandbox), template(sandbox)
         killed.kill()
         assert (await request).size_hw == (64, 96)
-        await until(lambda: psutil.Process().children() != [killed] and len(decoders()) == 2)
-        assert not any(is_alive(process.pid) for process in (killed, *children))
+        await until(lambda: len(decoders(sandbox)) == 2 and template(sandbox) != killed)
+        assert not any(is_alive(process.pid) for process in children) and not killed.is_running()
 
     async def test_nothing_outlives_the_process_that_asked(self) -> None:
         program = """
@@ -245,8 +255,8 @@ async def main():
     sandbox = OrderedAbout(LIMITS, processes=2)
     for order in ("spin", "hang_in_c"):
         sandbox.working = asyncio.create_task(sandbox.open_for_model(ordered(PNG, order), SIDE))
-    await until(lambda: len(decoders()) == 2 and sandbox._idle.empty())
-    print(*(process.pid for process in (template(), *decoders())), flush=True)
+    await until(lambda: len(decoders(sandbox)) == 2 and sandbox._idle.empty())
+    print(*(process.pid for process in (template(sandbox), *decoders(sandbox))), flush=True)
     await asyncio.sleep(60)
 asyncio.run(main())
 """
@@ -262,11 +272,11 @@ asyncio.run(main())
     async def test_a_signal_meant_for_the_service_ends_no_decoder(
         self, sandbox: ImageSandbox, how: signal.Signals
     ) -> None:
-        processes = [template(), *decoders()]
+        processes = [template(sandbox), *decoders(sandbox)]
         for process in processes:
             process.send_signal(how)
         await asyncio.gather(*(works(sandbox) for _ in range(4)))
-        assert [template(), *decoders()] == processes
+        assert [template(sandbox), *decoders(sandbox)] == processes
 
 
 def is_alive(pid: int) -> bool:
@@ -276,16 +286,63 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+class WithoutLandlock(ImageSandbox):
+    """As on a kernel that has none."""
+
+    _program = (
+        "-c",
+        "import sys; from sam3_runner import decoder; decoder.give_up_all_but_reading = lambda directories: False; "
+        "decoder.main(sys.argv[1:])",
+    )
+
+
+class TestWhatTheLogSays:
+    async def test_a_child_that_cannot_be_made_is_made_later_whatever_the_reason(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        sandbox = ImageSandbox(LIMITS, processes=1)
+        try:
+            await works(sandbox)
+            killed = template(sandbox)
+            with monkeypatch.context() as patch:
+                patch.setattr("sam3_runner.sandbox.asyncio.to_thread", no_thread)
+                killed.kill()
+                await until(lambda: "can't start new thread" in caplog.text)
+                assert not sandbox.is_ready
+            await works(sandbox)
+            assert template(sandbox) != killed
+        finally:
+            await sandbox.aclose()
+
+    async def test_that_there_is_no_landlock_is_said_once(self, caplog: pytest.LogCaptureFixture) -> None:
+        sandbox = WithoutLandlock(LIMITS, processes=2)
+        try:
+            await works(sandbox)
+            await until(lambda: len(decoders(sandbox)) == 2)
+            killed = decoders(sandbox)
+            killed[0].kill()
+            await until(lambda: len(decoders(sandbox)) == 2 and decoders(sandbox) != killed)
+            await asyncio.gather(*(works(sandbox) for _ in range(4)))
+        finally:
+            await sandbox.aclose()
+        assert [record.levelname for record in caplog.records if "Landlock" in record.message] == ["WARNING"]
+
+
+async def no_thread(*_: object) -> None:
+    """As `asyncio.to_thread` where a process may have no more of them."""
+    raise RuntimeError("can't start new thread")
+
+
 class TestQueue:
     async def test_a_hundred_requests_share_two_children(self, sandbox: ImageSandbox) -> None:
         kinds = [list(KINDS.values())[number % len(KINDS)] for number in range(100)]
         opened = await asyncio.gather(*(sandbox.open_for_model(kind.make(), SIDE) for kind in kinds))
         for kind, image in zip(kinds, opened, strict=True):
             assert np.array_equal(image.pixels, open_for_model(kind.make(), SIDE).pixels)
-        assert len(decoders()) == 2
+        assert len(decoders(sandbox)) == 2
 
     async def test_who_gives_up_leaves_children_as_they_were(self, sandbox: ImageSandbox) -> None:
-        before = decoders()
+        before = decoders(sandbox)
         requests = [asyncio.create_task(sandbox.open_for_model(ordered(PNG, "nap"), SIDE)) for _ in range(6)]
         await asyncio.sleep(0.1)  # two are under way, four wait
         for request in requests:
@@ -297,7 +354,7 @@ class TestQueue:
         began = time.monotonic()
         await asyncio.gather(*(works(sandbox) for _ in range(4)))
         assert time.monotonic() - began < 0.6  # nobody naps for those who gave up waiting
-        assert decoders() == before
+        assert decoders(sandbox) == before
 
     async def test_what_waits_when_it_closes_fails(self) -> None:
         sandbox = ImageSandbox(LIMITS, processes=1)
@@ -318,21 +375,21 @@ def open_files(process: psutil.Process) -> list[str]:
 class TestConfinement:
     async def test_a_child_holds_nothing_of_the_process_that_asked(self, sandbox: ImageSandbox) -> None:
         await works(sandbox)
-        for process in decoders():  # of the shared memory, one is what is mapped
+        for process in decoders(sandbox):  # of the shared memory, one is what is mapped
             assert open_files(process) == ["/dev/null"] * 3 + ["/memfd"] * 2 + ["socket"]
-        held = [Path(f"/proc/{template().pid}/fd/{fd}").readlink() for fd in (0, 1)]
+        held = [Path(f"/proc/{template(sandbox).pid}/fd/{fd}").readlink() for fd in (0, 1)]
         assert held == [Path("/dev/null")] * 2
         assert (
-            open_files(template())[-1] == "socket" and len(open_files(template())) == 6
+            open_files(template(sandbox))[-1] == "socket" and len(open_files(template(sandbox))) == 6
         )  # with a pipe of its own
 
     async def test_no_secret_is_in_its_environment(self, sandbox: ImageSandbox) -> None:
         assert os.environ["R2_SECRET_ACCESS_KEY"] == SECRET
-        for process in (template(), *decoders()):
+        for process in (template(sandbox), *decoders(sandbox)):
             assert SECRET.encode() not in Path(f"/proc/{process.pid}/environ").read_bytes()
 
     async def test_the_kernel_bounds_what_it_may_take(self, sandbox: ImageSandbox) -> None:
-        for process in decoders():
+        for process in decoders(sandbox):
             limits = {
                 line[:26].strip(): line[26:].split()[:2]
                 for line in Path(f"/proc/{process.pid}/limits").read_text().splitlines()
@@ -348,7 +405,7 @@ class TestConfinement:
             assert Path(f"/proc/{process.pid}/oom_score_adj").read_text() == "1000\n"
 
     async def test_the_template_has_one_thread_and_so_is_forked_whole(self, sandbox: ImageSandbox) -> None:
-        assert template().num_threads() == 1
+        assert template(sandbox).num_threads() == 1
 
 
 @pytest.mark.slow

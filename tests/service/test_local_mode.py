@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from PIL import Image
 from pycocotools import mask as coco
@@ -502,6 +503,7 @@ def test_metrics_of_all_processes_come_together(local: Served, local_image: str)
 
     before = local.client.get("/metrics").text
     local.client.post(BATCH, json=ask_many(local_image, "red circle", "blue square"))
+    assert local.client.post(BATCH, headers={"X-API-Key": ""}).status_code == 401
     after = local.client.get("/metrics").text
     counted = 's3_requests_total{method="POST",route="/api/v1/predict/batch",status="200"}'
     assert metric(after, counted) == metric(before, counted) + 1
@@ -510,3 +512,7 @@ def test_metrics_of_all_processes_come_together(local: Served, local_image: str)
         name = f's3_stage_seconds_count{{stage="{stage}"}}'
         assert metric(after, name) == metric(before, name) + 1, stage
     assert 's3_errors_total{code="UNAUTHORIZED"}' in after
+    # In memory where there is some, and surely not in BENTOML_HOME.
+    runner = psutil.Process(local.runner_pid())
+    file = Path(runner.environ()["S3_LIFECYCLE_DIR"], "metrics", f"histogram_{runner.pid}.db")
+    assert str(file) in {mapped.path for mapped in runner.memory_maps()}

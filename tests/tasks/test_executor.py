@@ -35,7 +35,7 @@ from tasks.errors import (
     TaskNotFound,
     WorkerStops,
 )
-from tasks.executor import MAX_ATTEMPTS, TaskExecutor
+from tasks.executor import COUNTED_FOR_S, MAX_ATTEMPTS, TaskExecutor
 from tasks.journal import ACCEPTED, COMPUTED, DONE, ERROR, Journal
 from tasks.pipeline import STAGES, Job, runner_error
 from tasks.record import job_record
@@ -482,6 +482,7 @@ async def test_a_backlog_that_is_full_takes_nothing_more_and_joins_what_it_has(e
         await executor.submit(job)
     with pytest.raises(BacklogFull):
         await executor.submit(jobs[2])
+    await asyncio.sleep(COUNTED_FOR_S)
     with pytest.raises(BacklogFull):
         await executor.require_room()
     await executor.submit(jobs[0])
