@@ -290,14 +290,7 @@ class TaskExecutor:
         except StorageError as error:  # the image is not ours
             await self.refuse(job, error)
             raise
-        entry, verdict = await self._journal.accept(
-            job.task_id,
-            fingerprint_of(job, inputs.fingerprint),
-            job_record(job),
-            deadline_s=self._deadline_s,
-            max_unfinished=self._max_unfinished,
-            begins=begins,
-        )
+        entry, verdict = await self._record(job, inputs, begins=begins)
         if verdict in (Verdict.NEW, Verdict.AGAIN):
             return entry, self._launch(entry, Work(job, inputs), has_begun=begins)
         return entry, self._runs.get(job.task_id) if verdict is Verdict.JOINED else None
@@ -306,17 +299,20 @@ class TaskExecutor:
         if self.is_draining:
             raise WorkerStops("this process stops")
         inputs = inputs_of(job)
-        entry, verdict = await self._journal.accept(
+        entry, verdict = await self._record(job, inputs, begins=True)
+        if verdict in (Verdict.NEW, Verdict.AGAIN):
+            run = self._launch(entry, Work(job, inputs), has_begun=True, refusal=error)
+            await asyncio.wait({run.outcome}, timeout=TELL_WAIT_S)
+
+    async def _record(self, job: Job, inputs: TaskInputs, *, begins: bool) -> tuple[Entry, Verdict]:
+        return await self._journal.accept(
             job.task_id,
             fingerprint_of(job, inputs.fingerprint),
             job_record(job),
             deadline_s=self._deadline_s,
             max_unfinished=self._max_unfinished,
-            begins=True,
+            begins=begins,
         )
-        if verdict in (Verdict.NEW, Verdict.AGAIN):
-            run = self._launch(entry, Work(job, inputs), has_begun=True, refusal=error)
-            await asyncio.wait({run.outcome}, timeout=TELL_WAIT_S)
 
     def _launch(self, entry: Entry, work: Work, *, has_begun: bool, refusal: Exception | None = None) -> _Run:
         ends_at_s = asyncio.get_running_loop().time() + max(0.0, entry.deadline_at - entry.accepted_at)
