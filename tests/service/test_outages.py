@@ -196,7 +196,11 @@ def test_the_object_storage_hangs_and_the_next_request_works(remote: Remote, che
     with held(remote.s3.pid):
         response = remote.service.client.post(PREDICT, json=body)
     code = checked(remote.service, response, PREDICT)["error"]["code"]
-    assert code in ("TIMED_OUT", "STORAGE_TIMEOUT", "STORAGE_UNAVAILABLE")  # the last once the breaker is open
+    assert code in (
+        "TIMED_OUT",
+        "STORAGE_TIMEOUT",
+        "STORAGE_UNAVAILABLE",
+    )  # the last once the breaker is open
     assert response.elapsed.total_seconds() < REMOTE_TIMEOUT_S + 15
     assert row_of(remote, body)["status"] == "error"
     assert remote.service.client.post(PREDICT, json=body).status_code == 200
