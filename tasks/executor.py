@@ -15,6 +15,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol, TypeVar
 
@@ -44,7 +45,7 @@ MAX_ATTEMPTS: Final = 3
 MAX_DELIVERY_ATTEMPTS: Final = 20
 # Uploads and row updates that are tried at once in one process; after an outage a thousand may be due.
 MAX_DELIVERIES: Final = 32
-# From this attempt on a task runs alone, so that the one at fault does not take its neighbours with it again.
+# From this attempt on tasks go one after the other, so that the one at fault does not take the rest with it again.
 SUSPECT_FROM_ATTEMPT: Final = 2
 # How long a caller waits for the row to be told of a failure that he is told too.
 TELL_WAIT_S: Final = 5.0
@@ -461,9 +462,8 @@ class TaskExecutor:
             if run.entry.attempts + 1 < SUSPECT_FROM_ATTEMPT:
                 await self._begin(run)
                 return await self._pipeline.compute(run.work, self._attempt(run))
-            await self._go_alone(
-                run
-            )  # and not begun before: what still waits is not to blame for what happens
+            # Not begun before its turn: what still waits is not to blame for what happens.
+            await self._go_alone(run)
             try:
                 await self._begin(run)
                 return await self._pipeline.compute(run.work, self._attempt(run))
@@ -599,9 +599,7 @@ class TaskExecutor:
     def _may_pass(self, run: _Run, error: Exception) -> bool:
         if isinstance(error, TaskNotFound | TaskConflict | RecordUnreadable):
             return False
-        if (
-            run.is_computed or run.entry.state == FAILED
-        ):  # whatever it is that is away, it must be told one day
+        if run.is_computed or run.entry.state == FAILED:  # it must be told one day, whatever is away
             return isinstance(error, StorageError | TaskError | TimeoutError)
         return isinstance(error, self._rules.passing)
 
@@ -638,16 +636,14 @@ class TaskExecutor:
             await self._resume(entry)
         except Exception:
             _log.exception("a task cannot be carried on", extra={"task_id": entry.task_id})
-            await self._journal.release([entry])
+            with suppress(JournalUnavailable):  # then the end of this process sets it free
+                await self._journal.release([entry])
 
     async def _resume(self, entry: Entry) -> None:
         try:
             job = job_of(entry.job)
             inputs = self._inputs_of(job)
-        except (
-            RecordUnreadable,
-            TaskError,
-        ) as error:  # its row stays as it is: nobody knows which row that is
+        except TaskError as error:  # its row stays as it is: nobody knows which row that is
             _log.error("a task cannot be read", extra={"task_id": entry.task_id, "reason": str(error)})
             await self._journal.fail(entry, *self._code_of(error))
             await self._journal.finish(entry)
