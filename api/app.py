@@ -39,7 +39,7 @@ from sam3_runner import rle
 from sam3_runner.errors import ImageError, ImageTooLarge, InvalidPrompt, TooManyPrompts
 from sam3_runner.images import ImageHeader
 from sam3_runner.text import MAX_PROMPTS, PromptChecker
-from sam3_runner.types import ModelInfo, Segmentation, TextPrompt
+from sam3_runner.types import ModelInfo, Prompt, Segmentation
 from storage import ObjectNotFound
 from storage.keys import validate_key
 from tasks.pipeline import Job, JobOutcome, PromptOutcome
@@ -208,7 +208,7 @@ def _accepted(job: Job) -> Response:
 
 def _check_prompts(check: PromptChecker, asked: PredictRequest | BatchRequest) -> None:
     try:
-        check.check([TextPrompt(text) for text in asked.all_prompts])
+        check.check([Prompt(text) for text in asked.all_prompts])
     except InvalidPrompt as error:
         details = tuple(
             {"field": asked.field_of_prompt(index), "message": message}
@@ -220,7 +220,7 @@ def _check_prompts(check: PromptChecker, asked: PredictRequest | BatchRequest) -
 
 def _why_refused(check: PromptChecker, text: str) -> str | None:
     try:
-        check.check([TextPrompt(text)])
+        check.check([Prompt(text)])
     except InvalidPrompt as error:
         return str(error)
     return None

@@ -29,7 +29,7 @@ from starlette.routing import Route
 
 from api.runner_link import ITEMS_PER_REQUEST, BatchGate, RunnerClient, SegmentRequest, SegmentResponse
 from bench.fake_model import MAX_BATCH_SIZE, OFF_VARIABLE, SIDE_PX_VARIABLE, run_batch
-from sam3_runner.types import SegmentItem, SegmentResult, TextPrompt
+from sam3_runner.types import Prompt, SegmentItem, SegmentResult
 
 
 class Item(BaseModel):
@@ -107,7 +107,7 @@ class TunedRunner:
 async def tuned_predict(request: Request) -> JSONResponse:
     """One item."""
     body = json.loads(await request.body())
-    prompts = (TextPrompt(body["text_prompt"]),)
+    prompts = (Prompt(body["text_prompt"]),)
     result = await request.app.state.runner.segment(
         SegmentItem(request.app.state.pixels, (480, 640), prompts)
     )

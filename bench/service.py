@@ -40,7 +40,7 @@ from bench.timing import device_name, percentile
 from sam3_runner.checkpoint import DEMO_CHECKPOINT
 from sam3_runner.images import resize_for_model
 from sam3_runner.segmenter import Segmenter
-from sam3_runner.types import SegmentItem, TextPrompt
+from sam3_runner.types import Prompt, SegmentItem
 from tests.servers.postgres import running_postgres
 from tests.servers.postgrest import running_postgrest
 from tests.servers.s3 import s3_server
@@ -306,7 +306,7 @@ def item_of(jpeg: bytes, size_px: int) -> SegmentItem:
     """An image as the model takes it."""
     with Image.open(io.BytesIO(jpeg)) as file:
         pixels = np.asarray(file.convert("RGB"))
-    return SegmentItem(resize_for_model(pixels, size_px), pixels.shape[:2], (TextPrompt(PROMPT),))
+    return SegmentItem(resize_for_model(pixels, size_px), pixels.shape[:2], (Prompt(PROMPT),))
 
 
 def say(row: Row) -> None:

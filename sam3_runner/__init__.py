@@ -1,4 +1,4 @@
-"""SAM3 as a Python library: images and text prompts in, instances as run-length masks out."""
+"""SAM3 as a Python library: images and prompts in, instances as run-length masks out."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sam3_runner.images import open_image
     from sam3_runner.segmenter import Segmenter
-    from sam3_runner.types import TextPrompt
+    from sam3_runner.types import Box, Point, Prompt, Selection
 
-__all__ = ["Segmenter", "TextPrompt", "open_image"]
+__all__ = ["Box", "Point", "Prompt", "Segmenter", "Selection", "open_image"]
 
-_HOMES = {"Segmenter": "segmenter", "TextPrompt": "types", "open_image": "images"}
+_HOMES = {
+    "Segmenter": "segmenter",
+    "open_image": "images",
+    **dict.fromkeys(("Box", "Point", "Prompt", "Selection"), "types"),
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,7 @@ RunnerError
 ├── InvalidInput              the caller can mend it
 │   ├── InvalidPrompt         blank, with a special token in it, or longer than the text encoder reads
 │   ├── TooManyPrompts
+│   ├── UnsupportedPrompt     of a kind that this checkpoint cannot answer
 │   └── ImageError
 │       ├── UnsupportedImage  not a kind of file we read
 │       ├── UndecodableImage  the right kind, but broken
@@ -28,6 +29,10 @@ class InvalidPrompt(InvalidInput):
 
 class TooManyPrompts(InvalidInput):
     """More prompts for one image than `max_prompts`."""
+
+
+class UnsupportedPrompt(InvalidInput):
+    """A kind of prompt that the loaded checkpoint cannot answer."""
 
 
 class ImageError(InvalidInput):

@@ -17,9 +17,16 @@ import torch
 from sam3_runner.cache import LruCache
 from sam3_runner.checkpoint import DEMO_CHECKPOINT, Checkpoint
 from sam3_runner.engine import MAX_ROWS, STATIC_SIZES, Answers, EncodedImages, Engine
-from sam3_runner.errors import DeviceOutOfMemory, InferenceFailed, InvalidInput, RunnerError
+from sam3_runner.errors import (
+    DeviceOutOfMemory,
+    InferenceFailed,
+    InvalidInput,
+    RunnerError,
+    UnsupportedPrompt,
+)
 from sam3_runner.forward import TextFeatures
 from sam3_runner.images import resize_for_model
+from sam3_runner.selection import best_above, logit_shift, without_duplicates
 from sam3_runner.text import MAX_PROMPTS, PromptChecker
 from sam3_runner.types import (
     ItemError,
@@ -28,7 +35,7 @@ from sam3_runner.types import (
     Segmentation,
     SegmentItem,
     SegmentResult,
-    TextPrompt,
+    Selection,
 )
 from sam3_runner.upsample import masks_from_logits
 
@@ -45,6 +52,7 @@ class _Pair:
     """One prompt of one image of a batch, and its features."""
 
     item: int
+    prompt: Prompt
     image: EncodedImages
     text: TextFeatures
 
@@ -111,11 +119,16 @@ class Segmenter:
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Refuse prompts that cannot be answered, without touching the device; see `PromptChecker.check`."""
         self._prompts.check(prompts)
+        if any(prompt.boxes or prompt.points for prompt in prompts):
+            raise UnsupportedPrompt(
+                "expected a prompt in words: this checkpoint reads neither boxes nor points"
+            )
 
     def warm_up(self) -> None:
         """Run every batch size once, so that no caller waits for lazy initialisation, compilation or recording."""
         size = self.info.input_size_px
-        prompts = tuple(TextPrompt(f"warm up {number}") for number in range(MAX_ROWS))
+        prompts = tuple(Prompt(f"warm up {number}") for number in range(MAX_ROWS))
+        with_masks = (Prompt("warm up", selection=Selection(score_threshold=0.0)),)
         sizes = (
             STATIC_SIZES[::-1] if self._device.type == "cuda" else (1,)
         )  # the largest first: others fit into it
@@ -124,27 +137,25 @@ class Segmenter:
             for batch in (
                 [SegmentItem(image, (size, size), prompts[:1]) for image in pixels],
                 [SegmentItem(pixels[0], (size, size), prompts[:rows])],
-                [SegmentItem(pixels[0], (size, size), prompts[:1], score_threshold=0.0)],  # with masks
+                [SegmentItem(pixels[0], (size, size), with_masks)],
             ):
                 self._texts.clear()
                 self._segment_all(batch)
         self._texts.clear()
 
-    def segment(
-        self, image: npt.NDArray[np.uint8], prompts: Sequence[Prompt], score_threshold: float = 0.5
-    ) -> list[Segmentation]:
+    def segment(self, image: npt.NDArray[np.uint8], prompts: Sequence[Prompt]) -> list[Segmentation]:
         """Find every instance of each prompt in one image.
 
         Args:
             image: (H, W, 3) RGB, upright (EXIF applied), as the caller sent it.
-            prompts: At least one, at most `max_prompts`.
-            score_threshold: Instances scoring above this are kept, in [0, 1].
+            prompts: At least one, at most `max_prompts`; boxes and points in pixels.
         Returns:
             One per prompt, in order. `scores` (N,) in [0, 1], descending; `boxes_xyxy_px` (N, 4) float32 in original
             pixels, origin top left; `masks` N run-length masks of size H×W. N may be 0.
         Raises:
             InvalidPrompt: blank or longer than the text encoder reads.
             TooManyPrompts: none, or more than `max_prompts`.
+            UnsupportedPrompt: of a kind that the checkpoint cannot answer.
             DeviceOutOfMemory: nothing was computed; the segmenter stays usable.
         Source: SAM 3 (Meta, 2025), §3; scores as in its image processor.
         """
@@ -152,7 +163,7 @@ class Segmenter:
         pixels = resize_for_model(image, self.info.input_size_px)
         height, width = image.shape[:2]
         key = b"pixels" + hashlib.sha256(pixels.data).digest()
-        item = SegmentItem(pixels, (height, width), tuple(prompts), score_threshold, key)
+        item = SegmentItem(pixels, (height, width), tuple(prompts), key)
         with self._device_errors():
             return self._segment_all([item])[0]
 
@@ -218,7 +229,7 @@ class Segmenter:
             for start in range(0, len(items), rows):
                 images = self._encode_images(items[start : start + rows])
                 pairs = [
-                    _Pair(start + row, image, texts[prompt])
+                    _Pair(start + row, prompt, image, texts[prompt.text])
                     for row, image in enumerate(images)
                     for prompt in items[start + row].prompts
                 ]
@@ -255,17 +266,17 @@ class Segmenter:
                     self._images.put(name, image)
         return [encoded[name] for name in names]
 
-    def _encode_texts(self, prompts: Sequence[Prompt]) -> dict[Prompt, TextFeatures]:
-        """The features of every distinct prompt; those that were asked lately are not encoded again."""
-        distinct = list(dict.fromkeys(prompts))
-        encoded = {prompt: text for prompt in distinct if (text := self._texts.get(prompt)) is not None}
-        new = [prompt for prompt in distinct if prompt not in encoded]
+    def _encode_texts(self, prompts: Sequence[Prompt]) -> dict[str | None, TextFeatures]:
+        """The features of every distinct text; those that were asked lately are not encoded again."""
+        distinct = {prompt.text: prompt for prompt in prompts}
+        encoded = {text: features for text in distinct if (features := self._texts.get(text)) is not None}
+        new = [prompt for text, prompt in distinct.items() if text not in encoded]
         for start in range(0, len(new), self._engine.max_rows):
             chunk = new[start : start + self._engine.max_rows]
             tokens = (torch.from_numpy(part).to(self._device) for part in self._prompts.encode(chunk))
-            for prompt, text in zip(chunk, self._engine.encode_texts(*tokens).split(), strict=True):
-                encoded[prompt] = text
-                self._texts.put(prompt, text)
+            for prompt, features in zip(chunk, self._engine.encode_texts(*tokens).split(), strict=True):
+                encoded[prompt.text] = features
+                self._texts.put(prompt.text, features)
         return encoded
 
     def _answer(
@@ -278,22 +289,33 @@ class Segmenter:
         answers = self._engine.answer(images, TextFeatures.join([pair.text for pair in pairs]))
         decided = torch.cat([answers.scores[..., None], answers.boxes_cxcywh], dim=-1).cpu().numpy()
         for row, pair in enumerate(pairs):
-            found[pair.item].append(_keep(answers, decided[row], row, items[pair.item]))
+            size_hw = items[pair.item].size_hw
+            found[pair.item].append(_keep(answers, decided[row], row, pair.prompt.selection, size_hw))
 
 
-def _keep(answers: Answers, decided: npt.NDArray[np.float32], row: int, item: SegmentItem) -> Segmentation:
-    """The instances of one pair that score above the item's threshold, best first.
+def _keep(
+    answers: Answers,
+    decided: npt.NDArray[np.float32],
+    row: int,
+    selection: Selection,
+    size_hw: tuple[int, int],
+) -> Segmentation:
+    """The instances of one pair that are selected, best first.
 
     `decided` (N, 5) holds the pair's scores and boxes, on the host.
     """
     scores, boxes = decided[:, 0], decided[:, 1:]
-    kept = np.flatnonzero(scores > item.score_threshold)
-    kept = kept[np.argsort(-scores[kept], kind="stable")]
+    kept = best_above(scores, selection)
+    if selection.nms_iou is None:
+        kept = kept[: selection.max_instances]
     if not len(kept):
         return Segmentation(scores[kept], boxes[kept], ())
     logits = answers.mask_logits(row, torch.from_numpy(kept).to(answers.scores.device))
-    masks = masks_from_logits(logits, item.size_hw)
-    return Segmentation(scores[kept], _to_xyxy_px(boxes[kept], item.size_hw), masks)
+    logits = logits - logit_shift(selection)
+    if selection.nms_iou is not None:
+        apart = without_duplicates(logits, selection.nms_iou)[: selection.max_instances]
+        kept, logits = kept[apart], logits[torch.from_numpy(apart).to(logits.device)]
+    return Segmentation(scores[kept], _to_xyxy_px(boxes[kept], size_hw), masks_from_logits(logits, size_hw))
 
 
 def _to_xyxy_px(boxes_cxcywh: npt.NDArray[np.float32], size_hw: tuple[int, int]) -> npt.NDArray[np.float32]:

@@ -33,6 +33,7 @@ START_TOKEN, END_TOKEN = "<|startoftext|>", "<|endoftext|>"
 SPECIAL_TEXTS = ("<start_of_text>", "<end_of_text>", START_TOKEN, END_TOKEN)
 END_OF_WORD = "</w>"
 PADDING_ID = 0
+EXEMPLARS_ALONE = "visual"  # what SAM3 was trained to read where boxes say it all
 SHOWN_CHARACTERS = 60  # of a prompt, in an error message
 # Unicode's categories of what shows nothing by itself: format characters (zero-width space, soft hyphen, byte order
 # mark), blanks, line and paragraph separators, controls, and accents without a letter.
@@ -102,7 +103,7 @@ class PromptChecker:
             raise TooManyPrompts(f"expected 1 to {self.max_prompts} prompts for an image, got {len(prompts)}")
         input_ids = np.full((len(prompts), self.max_tokens), PADDING_ID, np.int64)
         for row, prompt in enumerate(prompts):
-            tokens = self._tokens(prompt.text)
+            tokens = self._tokens(EXEMPLARS_ALONE if prompt.text is None else prompt.text)
             input_ids[row, : len(tokens)] = tokens
         return input_ids, (input_ids != PADDING_ID).astype(np.int64)
 

@@ -10,16 +10,66 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+DEFAULT_SCORE_THRESHOLD = 0.5
+DEFAULT_MASK_THRESHOLD = 0.5
+
 
 @dataclass(frozen=True, slots=True)
-class TextPrompt:
-    """A concept named in words; SAM3 finds every instance of it."""
+class Box:
+    """An exemplar: "like this one", or "not like this one".
 
-    text: str
+    Attributes:
+        xyxy: Left, top, right and bottom edge.
+        is_positive: Whether what is wanted is like it.
+        is_relative: In shares of the image's width and height, not in pixels. The runner takes pixels alone.
+    """
+
+    xyxy: tuple[float, float, float, float]
+    is_positive: bool = True
+    is_relative: bool = False
 
 
-# Boxes and points join this union when the runner learns them; callers already pass `Prompt` objects.
-Prompt = TextPrompt
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A click on an object, or beside it. Attributes as of `Box`."""
+
+    xy: tuple[float, float]
+    is_positive: bool = True
+    is_relative: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which of the instances found are kept.
+
+    Attributes:
+        score_threshold: Those scoring above it, in [0, 1].
+        mask_threshold: The probability above which a pixel belongs to a mask, between 0 and 1.
+        max_instances: So many of the best at most; None: all.
+        nms_iou: None whose mask overlaps a better one's by more than this, in [0, 1]; None: whatever they overlap.
+    """
+
+    score_threshold: float = DEFAULT_SCORE_THRESHOLD
+    mask_threshold: float = DEFAULT_MASK_THRESHOLD
+    max_instances: int | None = None
+    nms_iou: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What to look for: every instance of a concept, told in words, by exemplars, or both; or one object, by clicks.
+
+    Attributes:
+        text: The concept in words. None: it is what the boxes show.
+        boxes: Exemplars.
+        points: Clicks on one object; they stand alone.
+        selection: Which of what is found is kept.
+    """
+
+    text: str | None = None
+    boxes: tuple[Box, ...] = ()
+    points: tuple[Point, ...] = ()
+    selection: Selection = Selection()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,7 +91,8 @@ class Segmentation:
     """Every instance found for one prompt, best first. N may be 0.
 
     Attributes:
-        scores: (N,) float32 in [0, 1], descending: sigmoid(class logit) · sigmoid(presence logit).
+        scores: (N,) float32 in [0, 1], descending: sigmoid(class logit) · sigmoid(presence logit). Of clicks, the
+            overlap with the object that the model foresees for its mask.
         boxes_xyxy_px: (N, 4) float32, clipped to the image.
         masks: N run-length masks of the original image's size.
     """
@@ -58,8 +109,7 @@ class SegmentItem:
     Attributes:
         pixels: (S, S, 3) uint8 RGB, already resized to the model's input (see `images.resize_for_model`).
         size_hw: The upright original's height and width; masks and boxes come back in this frame.
-        prompts: At least one.
-        score_threshold: Instances scoring above this are kept, in [0, 1].
+        prompts: At least one; boxes and points in pixels of the upright original.
         key: Names the pixels: equal keys must mean equal pixels, whoever sent them (a cryptographic hash). With one,
             the encoded image is kept for the next question. None: it is not.
     """
@@ -67,7 +117,6 @@ class SegmentItem:
     pixels: npt.NDArray[np.uint8]
     size_hw: tuple[int, int]
     prompts: tuple[Prompt, ...]
-    score_threshold: float = 0.5
     key: bytes | None = None
 
 

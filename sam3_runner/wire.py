@@ -12,26 +12,31 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from sam3_runner.errors import RunnerError
 from sam3_runner.types import (
+    Box,
     ItemError,
+    Point,
+    Prompt,
     RunLengthMask,
     Segmentation,
     SegmentItem,
     SegmentResult,
-    TextPrompt,
+    Selection,
 )
 
 MAGIC = b"S3W1"
 _PREFIX = struct.Struct("<4sI")
 _F32, _U32, _U8 = np.dtype("<f4"), np.dtype("<u4"), np.dtype("u1")
 
+PlaceT = TypeVar("PlaceT", Box, Point)
 Chunk = bytes | memoryview
 
 
@@ -44,8 +49,7 @@ def encode_items(items: Sequence[SegmentItem]) -> list[Chunk]:
     header = [
         {
             "size_hw": item.size_hw,
-            "prompts": [{"text": prompt.text} for prompt in item.prompts],
-            "score_threshold": item.score_threshold,
+            "prompts": [asdict(prompt) for prompt in item.prompts],
             "shape": item.pixels.shape,
             "key": None if item.key is None else item.key.hex(),
         }
@@ -91,6 +95,28 @@ def decode_results(frame: bytes) -> list[SegmentResult]:
         return [_result(entry, arrays) for entry in header]
     except (KeyError, TypeError, ValueError) as error:
         raise WireError(f"expected a frame of results: {error}") from error
+
+
+def prompt_of(entry: Mapping[str, Any]) -> Prompt:
+    """The prompt whose fields, as JSON values, these are.
+
+    Raises:
+        KeyError, TypeError, ValueError: they are none.
+    """
+    return Prompt(
+        entry["text"],
+        tuple(_placed(Box, box, "xyxy") for box in entry["boxes"]),
+        tuple(_placed(Point, point, "xy") for point in entry["points"]),
+        Selection(**entry["selection"]),
+    )
+
+
+def _placed(kind: type[PlaceT], entry: Mapping[str, Any], name: str) -> PlaceT:
+    """A box, of four numbers, or a point, of two."""
+    place = tuple(map(float, entry[name]))
+    if len(place) != len(name):
+        raise ValueError(f"{name} of {len(place)} numbers")
+    return kind(**{**entry, name: place})
 
 
 class _Arrays:
@@ -139,8 +165,7 @@ def _item(entry: dict[str, Any], arrays: _Arrays) -> SegmentItem:
     return SegmentItem(
         pixels=pixels.reshape(rows, columns, channels),
         size_hw=(height, width),
-        prompts=tuple(TextPrompt(prompt["text"]) for prompt in entry["prompts"]),
-        score_threshold=entry["score_threshold"],
+        prompts=tuple(prompt_of(prompt) for prompt in entry["prompts"]),
         key=None if entry["key"] is None else bytes.fromhex(entry["key"]),
     )
 

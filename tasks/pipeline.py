@@ -29,11 +29,12 @@ from sam3_runner.masks import encode_png
 from sam3_runner.types import (
     ItemError,
     ModelInfo,
+    Prompt,
     RunLengthMask,
     Segmentation,
     SegmentItem,
     SegmentResult,
-    TextPrompt,
+    Selection,
 )
 from storage import ObjectStore
 from tasks.keys import prompt_mask_key, union_mask_key
@@ -324,10 +325,9 @@ class Pipeline:
         return self._model
 
     async def _segment(self, work: Work, image: ModelImage) -> SegmentResult:
-        prompts = tuple(TextPrompt(text) for text in work.job.prompts)
-        item = SegmentItem(
-            image.pixels, image.size_hw, prompts, work.job.score_threshold, key=image.content_hash
-        )
+        selection = Selection(score_threshold=work.job.score_threshold)
+        prompts = tuple(Prompt(text, selection=selection) for text in work.job.prompts)
+        item = SegmentItem(image.pixels, image.size_hw, prompts, key=image.content_hash)
         began = time.perf_counter()
         result = await self._runner.segment(item)
         call_ms = (time.perf_counter() - began) * 1000

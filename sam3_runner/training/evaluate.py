@@ -26,7 +26,7 @@ from sam3_runner.checkpoint import DEMO_CHECKPOINT
 from sam3_runner.images import resize_for_model
 from sam3_runner.segmenter import Segmenter
 from sam3_runner.training.scenes import Scene, draw_prompt, draw_scene
-from sam3_runner.types import Segmentation, SegmentItem, TextPrompt
+from sam3_runner.types import Prompt, Segmentation, SegmentItem
 
 EVALUATION_SEED = 2_000_003  # training draws from seeds 0 and 1: no scene is in both
 SCENES_PER_BATCH = 8
@@ -116,7 +116,7 @@ class Question:
     def item(self, input_size_px: int) -> SegmentItem:
         """The scene as a runner takes it."""
         height, width = self.scene.image.shape[:2]
-        prompts = tuple(TextPrompt(text) for text in self.texts)
+        prompts = tuple(Prompt(text) for text in self.texts)
         return SegmentItem(resize_for_model(self.scene.image, input_size_px), (height, width), prompts)
 
 
@@ -149,7 +149,7 @@ def median_latency_ms(segmenter: Segmenter, runs: int = 30) -> float:
     for index in range(runs + 3):
         question = Question.draw(EVALUATION_SEED, index)
         start = time.perf_counter()
-        segmenter.segment(question.scene.image, [TextPrompt(question.texts[0])])
+        segmenter.segment(question.scene.image, [Prompt(question.texts[0])])
         times.append((time.perf_counter() - start) * 1000)
     return statistics.median(times[3:])
 

@@ -14,12 +14,12 @@ from api.backend import make_backend
 from api.config import Settings
 from api.runner_link import BatchGate, RunnerAway, RunnerClient, RunnerLost, RunnerTimedOut
 from sam3_runner.errors import InferenceFailed, RunnerError
-from sam3_runner.types import ItemError, SegmentItem, SegmentResult, TextPrompt
+from sam3_runner.types import ItemError, Prompt, SegmentItem, SegmentResult
 from sam3_runner.wire import WireError, decode_items, encode_results
 
 
 def an_item(text: str = "red circle", side: int = 2) -> SegmentItem:
-    return SegmentItem(np.full((side, side, 3), 7, np.uint8), (48, 64), (TextPrompt(text),))
+    return SegmentItem(np.full((side, side, 3), 7, np.uint8), (48, 64), (Prompt(text),))
 
 
 @dataclass
@@ -32,7 +32,7 @@ class FakeRunner:
     async def segment(self, request: web.Request) -> web.StreamResponse:
         items = decode_items(await request.read())
         self.requests.append(len(items))
-        wish = items[0].prompts[0].text
+        wish = str(items[0].prompts[0].text)
         if wish == "hang up":
             assert request.transport is not None
             request.transport.abort()
@@ -44,7 +44,9 @@ class FakeRunner:
             return web.Response(body=b"what?")
         if wish == "lose one":
             items = items[1:]
-        told = [ItemError(item.prompts[0].text, f"{item.pixels.sum()} of {len(items)}") for item in items]
+        told = [
+            ItemError(str(item.prompts[0].text), f"{item.pixels.sum()} of {len(items)}") for item in items
+        ]
         return web.Response(body=b"".join(encode_results([SegmentResult(error=error) for error in told])))
 
     async def info(self, request: web.Request) -> web.StreamResponse:

@@ -25,7 +25,7 @@ from sam3_runner.images import resize_for_model
 from sam3_runner.rle import decode_mask
 from sam3_runner.segmenter import Segmenter
 from sam3_runner.text import VOCABULARY_FILE
-from sam3_runner.types import Segmentation, SegmentItem, TextPrompt
+from sam3_runner.types import Prompt, Segmentation, SegmentItem, Selection
 from tests.parity.environment import bpe_file, meta_python
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -320,7 +320,8 @@ def ask_transformers(model: Sam3Model, segmenter: Segmenter, cases: Sequence[Cas
 def _item(segmenter: Segmenter, case: Case) -> SegmentItem:
     height, width = case.image.shape[:2]
     pixels = resize_for_model(case.image, segmenter.info.input_size_px)
-    return SegmentItem(pixels, (height, width), tuple(map(TextPrompt, case.prompts)), THRESHOLD)
+    prompts = tuple(Prompt(text, selection=Selection(THRESHOLD)) for text in case.prompts)
+    return SegmentItem(pixels, (height, width), prompts)
 
 
 def raw_differences(reference: Reference, ours: Sequence[Raw]) -> list[Difference]:

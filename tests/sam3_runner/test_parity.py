@@ -12,7 +12,7 @@ from sam3_runner.checkpoint import Checkpoint
 from sam3_runner.errors import InvalidPrompt
 from sam3_runner.segmenter import Segmenter
 from sam3_runner.text import SPECIAL_TEXTS, PromptChecker, clean, read_vocabulary
-from sam3_runner.types import TextPrompt
+from sam3_runner.types import Prompt
 from tests.parity.compare import (
     REDUCED,
     Difference,
@@ -116,7 +116,7 @@ def test_every_prompt_becomes_metas_tokens_or_is_refused_for_a_reason(
     for text, ids, length in zip(texts, tokens.ids, tokens.lengths, strict=True):
         refusal = refusal_of(checker, text)
         if refusal is None:
-            assert checker.encode([TextPrompt(text)])[0][0].tolist() == ids, text
+            assert checker.encode([Prompt(text)])[0][0].tolist() == ids, text
         else:
             assert is_reason(refusal, text, length), (text, refusal)
             refusals += 1
@@ -125,7 +125,7 @@ def test_every_prompt_becomes_metas_tokens_or_is_refused_for_a_reason(
 
 def refusal_of(checker: PromptChecker, text: str) -> str | None:
     try:
-        checker.check([TextPrompt(text)])
+        checker.check([Prompt(text)])
     except InvalidPrompt as refusal:
         return str(refusal)
     return None

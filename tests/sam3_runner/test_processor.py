@@ -15,7 +15,7 @@ from sam3_runner.engine import Answers
 from sam3_runner.images import resize_for_model
 from sam3_runner.rle import decode_mask
 from sam3_runner.segmenter import _keep
-from sam3_runner.types import Segmentation, SegmentItem, TextPrompt
+from sam3_runner.types import Segmentation, Selection
 from sam3_runner.upsample import masks_from_logits
 
 SIZE_PX = 240  # the demo's; what is held does not depend on it
@@ -65,8 +65,7 @@ def kept_of(logits: list[float], presence: float, box: list[float], threshold: f
         pixels=torch.ones(1, 6, 6, 2),
     )
     decided = torch.cat([answers.scores[..., None], answers.boxes_cxcywh], dim=-1).numpy()
-    pixels = np.zeros((SIZE_PX, SIZE_PX, 3), np.uint8)
-    return _keep(answers, decided[0], 0, SegmentItem(pixels, (10, 20), (TextPrompt("red"),), threshold))
+    return _keep(answers, decided[0], 0, Selection(threshold), (10, 20))
 
 
 SMALL_BOX = [0.5, 0.5, 0.2, 0.2]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +10,21 @@ import pytest
 import torch
 
 from sam3_runner import rle
-from sam3_runner.errors import DeviceOutOfMemory, InvalidPrompt, TooManyPrompts
+from sam3_runner.errors import DeviceOutOfMemory, InvalidPrompt, TooManyPrompts, UnsupportedPrompt
 from sam3_runner.images import resize_for_model
 from sam3_runner.segmenter import Segmenter
 from sam3_runner.training.evaluate import Question, evaluate
 from sam3_runner.training.scenes import Scene
-from sam3_runner.types import Segmentation, SegmentItem, TextPrompt
+from sam3_runner.types import Box, Point, Prompt, Segmentation, SegmentItem, Selection
 
 
-def ask(*texts: str) -> tuple[TextPrompt, ...]:
-    return tuple(TextPrompt(text) for text in texts)
+def ask(*texts: str, **selection: Any) -> tuple[Prompt, ...]:
+    return tuple(Prompt(text, selection=Selection(**selection)) for text in texts)
 
 
-def item_of(scene: Scene, texts: tuple[str, ...], threshold: float = 0.5) -> SegmentItem:
+def item_of(scene: Scene, texts: tuple[str, ...], **selection: Any) -> SegmentItem:
     height, width = scene.image.shape[:2]
-    return SegmentItem(resize_for_model(scene.image, 240), (height, width), ask(*texts), threshold)
+    return SegmentItem(resize_for_model(scene.image, 240), (height, width), ask(*texts, **selection))
 
 
 def assert_same_answer(one: Segmentation, other: Segmentation) -> None:
@@ -70,7 +71,7 @@ def test_the_demo_checkpoint_sees(demo: Segmenter) -> None:
 def test_scores_descend_and_boxes_and_masks_lie_in_the_image(demo: Segmenter, scenes: list[Scene]) -> None:
     for scene in scenes:
         height, width = scene.image.shape[:2]
-        (found,) = demo.segment(scene.image, ask("shape"), score_threshold=0.01)
+        (found,) = demo.segment(scene.image, ask("shape", score_threshold=0.01))
         assert (np.diff(found.scores) <= 0).all()
         assert (found.scores > 0.01).all()
         assert (found.boxes_xyxy_px >= 0).all()
@@ -81,10 +82,42 @@ def test_scores_descend_and_boxes_and_masks_lie_in_the_image(demo: Segmenter, sc
 
 def test_the_score_threshold_decides_what_is_kept(demo: Segmenter) -> None:
     question = Question.draw(5, 1)
-    prompts = ask(question.texts[0])
-    counts = [len(demo.segment(question.scene.image, prompts, t)[0].scores) for t in (0.0, 0.5, 1.0)]
+    text, photo = question.texts[0], question.scene.image
+    counts = [len(demo.segment(photo, ask(text, score_threshold=t))[0].scores) for t in (0.0, 0.5, 1.0)]
     assert counts[0] == 24  # every query
     assert counts[0] > counts[1] > counts[2] == 0
+
+
+def test_the_best_few_are_kept_and_duplicates_are_not(demo: Segmenter, scenes: list[Scene]) -> None:
+    photo = scenes[0].image
+    (everything,) = demo.segment(photo, ask("shape", score_threshold=0.0))
+    (few,) = demo.segment(photo, ask("shape", score_threshold=0.0, max_instances=3))
+    (apart,) = demo.segment(photo, ask("shape", score_threshold=0.0, nms_iou=0.5))
+    (both,) = demo.segment(photo, ask("shape", score_threshold=0.0, nms_iou=0.5, max_instances=2))
+    np.testing.assert_array_equal(few.scores, everything.scores[:3])
+    assert 2 < len(apart.scores) < len(everything.scores)
+    np.testing.assert_array_equal(both.scores, apart.scores[:2])
+    masks = [rle.decode_mask(mask) for mask in apart.masks]
+    overlaps = [(one & other).sum() / max(1, (one | other).sum()) for one, other in combinations(masks, 2)]
+    assert max(overlaps) < 0.6  # decided at the model's resolution, measured at the photo's
+
+
+def test_a_higher_mask_threshold_makes_masks_smaller(demo: Segmenter, scenes: list[Scene]) -> None:
+    loose, usual, strict = (
+        demo.segment(scenes[0].image, ask("shape", mask_threshold=t))[0] for t in (0.1, 0.5, 0.9)
+    )
+    assert len(usual.masks) > 0
+    for outer, middle, inner in zip(loose.masks, usual.masks, strict.masks, strict=True):
+        assert rle.area_px(outer) > rle.area_px(middle) > rle.area_px(inner)
+        assert (rle.decode_mask(outer) | ~rle.decode_mask(middle)).all()
+
+
+@pytest.mark.parametrize(
+    "prompt", [Prompt(points=(Point((3, 3)),)), Prompt("circle", boxes=(Box((1, 1, 9, 9)),))]
+)
+def test_what_the_checkpoint_cannot_read_is_refused(demo: Segmenter, prompt: Prompt) -> None:
+    with pytest.raises(UnsupportedPrompt, match="in words"):
+        demo.segment(np.zeros((10, 10, 3), np.uint8), [prompt])
 
 
 def test_one_bad_item_leaves_its_neighbours_their_answers(demo: Segmenter, scenes: list[Scene]) -> None:
@@ -103,7 +136,7 @@ def test_a_second_question_about_an_image_skips_the_image_encoder(
 ) -> None:
     segmenter = Segmenter.from_checkpoint(random_checkpoint)
     engine: Any = segmenter._engine
-    items = [item_of(scene, ("circle", "square"), threshold=0.0) for scene in scenes[:2]]
+    items = [item_of(scene, ("circle", "square"), score_threshold=0.0) for scene in scenes[:2]]
     known = [dataclasses.replace(item, key=bytes([row])) for row, item in enumerate(items)]
     expected = segmenter.segment_batch([*known, known[0]])
     sound = engine.backbone
@@ -131,7 +164,7 @@ def test_an_empty_batch_is_answered(demo: Segmenter) -> None:
     ],
 )
 def test_prompts_are_refused_before_the_model_runs(
-    demo: Segmenter, prompts: tuple[TextPrompt, ...], error: type[Exception]
+    demo: Segmenter, prompts: tuple[Prompt, ...], error: type[Exception]
 ) -> None:
     with pytest.raises(error):
         demo.segment(np.zeros((4, 4, 3), np.uint8), prompts)
@@ -197,7 +230,7 @@ def test_a_large_photo_costs_little_memory(demo: Segmenter) -> None:
 
     photo = np.zeros((3000, 4000, 3), np.uint8)
     tracemalloc.start()
-    (found,) = demo.segment(photo, ask("circle"), score_threshold=0.0)
+    (found,) = demo.segment(photo, ask("circle", score_threshold=0.0))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(found.masks) == 24

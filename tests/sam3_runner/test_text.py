@@ -16,7 +16,7 @@ from sam3_runner.checkpoint import DEMO_CHECKPOINT
 from sam3_runner.errors import CheckpointError, InvalidPrompt, TooManyPrompts
 from sam3_runner.text import SPECIAL_TEXTS, PromptChecker, build_tokenizer, clean
 from sam3_runner.training.scenes import all_prompt_texts
-from sam3_runner.types import TextPrompt
+from sam3_runner.types import Prompt
 
 REFERENCE = json.loads(Path(__file__).with_name("reference_tokens.json").read_text())
 
@@ -35,7 +35,7 @@ def stored() -> PromptChecker:
 @pytest.mark.parametrize("text, ids", [pytest.param(*row, id=ascii(row[0])) for row in REFERENCE["tokens"]])
 def test_tokens_are_those_of_metas_tokenizer(stored: PromptChecker, text: str, ids: list[int]) -> None:
     try:
-        input_ids, attention_mask = stored.encode([TextPrompt(text)])
+        input_ids, attention_mask = stored.encode([Prompt(text)])
     except InvalidPrompt:
         assert is_rightly_refused(text, ids)
     else:
@@ -56,7 +56,7 @@ def test_few_of_the_stored_texts_are_refused(stored: PromptChecker) -> None:
 
 def is_accepted(checker: PromptChecker, text: str) -> bool:
     try:
-        checker.check([TextPrompt(text)])
+        checker.check([Prompt(text)])
     except InvalidPrompt:
         return False
     return True
@@ -65,7 +65,7 @@ def is_accepted(checker: PromptChecker, text: str) -> bool:
 def test_the_demo_is_asked_in_the_tokens_that_it_was_trained_with(prompts: PromptChecker) -> None:
     trained_with = CLIPTokenizer.from_pretrained(DEMO_CHECKPOINT)
     for text in all_prompt_texts():
-        input_ids, attention_mask = prompts.encode([TextPrompt(text)])
+        input_ids, attention_mask = prompts.encode([Prompt(text)])
         assert input_ids[0, : attention_mask.sum()].tolist() == trained_with(text).input_ids
 
 
@@ -86,7 +86,7 @@ def test_a_vocabulary_file_gives_clips_ids(bare: Path) -> None:
 
     checker = PromptChecker.from_checkpoint(bare)
 
-    input_ids, _ = checker.encode([TextPrompt("Red!")])
+    input_ids, _ = checker.encode([Prompt("Red!")])
     assert input_ids[0, :5].tolist() == [49406, 513, 256 + ord("!") - 33, 49407, 0]
 
 
@@ -100,7 +100,7 @@ def test_a_vocabulary_file_gives_clips_ids(bare: Path) -> None:
 )
 def test_blank_prompts_are_refused(prompts: PromptChecker, text: str) -> None:
     with pytest.raises(InvalidPrompt, match="blank"):
-        prompts.check([TextPrompt(text)])
+        prompts.check([Prompt(text)])
 
 
 @pytest.mark.parametrize(
@@ -109,29 +109,29 @@ def test_blank_prompts_are_refused(prompts: PromptChecker, text: str) -> None:
 @pytest.mark.parametrize("around", ["{}", "red circle{}", "{}red circle", "red{} circle", "{0}{0}"])
 def test_special_tokens_are_refused_not_obeyed(prompts: PromptChecker, special: str, around: str) -> None:
     with pytest.raises(InvalidPrompt, match=f"has {re.escape(clean(special))} in it.*leave it out"):
-        prompts.check([TextPrompt(around.format(special))])
+        prompts.check([Prompt(around.format(special))])
 
 
 @pytest.mark.parametrize("special", ["<|EndOfText|>", "<END_OF_TEXT>"])
 def test_special_tokens_are_refused_in_capitals_too(prompts: PromptChecker, special: str) -> None:
     with pytest.raises(InvalidPrompt, match="leave it out"):
-        prompts.check([TextPrompt(f"red {special} circle")])
+        prompts.check([Prompt(f"red {special} circle")])
 
 
 def test_a_prompt_longer_than_the_text_encoder_reads_is_refused_and_never_cut(prompts: PromptChecker) -> None:
     longest = " ".join(["red"] * (prompts.max_tokens - 2))
-    prompts.check([TextPrompt(longest)])
+    prompts.check([Prompt(longest)])
     with pytest.raises(
         InvalidPrompt, match=f"{prompts.max_tokens + 1} tokens long.*at most {prompts.max_tokens}"
     ):
-        prompts.check([TextPrompt(longest + " red")])
+        prompts.check([Prompt(longest + " red")])
 
 
 def test_none_and_more_than_max_prompts_are_refused(prompts: PromptChecker) -> None:
-    prompts.check([TextPrompt("red")] * prompts.max_prompts)
+    prompts.check([Prompt("red")] * prompts.max_prompts)
     for count in (0, prompts.max_prompts + 1):
         with pytest.raises(TooManyPrompts, match=f"got {count}"):
-            prompts.check([TextPrompt("red")] * count)
+            prompts.check([Prompt("red")] * count)
 
 
 def test_a_directory_without_a_tokenizer_is_refused(bare: Path) -> None:

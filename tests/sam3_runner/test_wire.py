@@ -9,24 +9,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sam3_runner.types import (
+    Box,
     ItemError,
+    Point,
+    Prompt,
     RunLengthMask,
     Segmentation,
     SegmentItem,
     SegmentResult,
-    TextPrompt,
+    Selection,
 )
 from sam3_runner.wire import MAGIC, WireError, decode_items, decode_results, encode_items, encode_results
 
 RANDOM = np.random.default_rng(7)
 KEY = bytes(range(32))
+WITHOUT_WORDS = (
+    Prompt(boxes=(Box((1.5, 2, 30, 40)), Box((5, 6, 7, 8), is_positive=False))),
+    Prompt(points=(Point((3, 4)), Point((0.5, 0.25), False, True)), selection=Selection(0.0, 0.5, 3, 0.7)),
+)
 
 
 def an_item(side: int = 3, *texts: str) -> SegmentItem:
     pixels = RANDOM.integers(0, 256, (side, side, 3), np.uint8)
-    return SegmentItem(
-        pixels, (480, 640), tuple(TextPrompt(text) for text in texts or ("red circle",)), 0.25, KEY
-    )
+    prompts = [Prompt(text, selection=Selection(0.25, 0.4)) for text in texts or ("red circle",)]
+    return SegmentItem(pixels, (480, 640), (*prompts, *WITHOUT_WORDS), KEY)
 
 
 def a_segmentation(instances: int) -> Segmentation:
@@ -60,12 +66,7 @@ def test_items_come_out_as_they_went_in(shapes: list[tuple[int, list[str]]]) -> 
     assert len(arrived) == len(items)
     for sent, got in zip(items, arrived, strict=True):
         np.testing.assert_array_equal(sent.pixels, got.pixels)
-        assert (sent.size_hw, sent.prompts, sent.score_threshold, sent.key) == (
-            got.size_hw,
-            got.prompts,
-            got.score_threshold,
-            got.key,
-        )
+        assert (sent.size_hw, sent.prompts, sent.key) == (got.size_hw, got.prompts, got.key)
 
 
 @given(st.lists(st.lists(st.integers(0, 4), max_size=3), max_size=4))
@@ -100,7 +101,7 @@ def test_pixels_are_views_on_both_sides() -> None:
 
 def test_pixels_that_lie_scattered_in_memory_arrive_in_order() -> None:
     pixels = RANDOM.integers(0, 256, (3, 6, 6), np.uint8).transpose(1, 2, 0)[::2]
-    (got,) = decode_items(b"".join(encode_items([SegmentItem(pixels, (6, 6), (TextPrompt("x"),))])))
+    (got,) = decode_items(b"".join(encode_items([SegmentItem(pixels, (6, 6), (Prompt("x"),))])))
     np.testing.assert_array_equal(got.pixels, pixels)
 
 
@@ -109,7 +110,8 @@ def framed(header: object, rest: bytes = b"") -> bytes:
     return struct.pack("<4sI", MAGIC, len(text)) + text + rest
 
 
-GOOD_ITEM = {"size_hw": [1, 1], "prompts": [{"text": "x"}], "score_threshold": 0.5, "shape": [1, 1, 3]}
+GOOD_PROMPT = {"text": "x", "boxes": [], "points": [], "selection": {}}
+GOOD_ITEM = {"size_hw": [1, 1], "prompts": [GOOD_PROMPT], "shape": [1, 1, 3], "key": None}
 
 
 @pytest.mark.parametrize(
@@ -126,6 +128,10 @@ GOOD_ITEM = {"size_hw": [1, 1], "prompts": [{"text": "x"}], "score_threshold": 0
         pytest.param(framed([{**GOOD_ITEM, "shape": [-1, 1, 3]}], b"123"), id="a negative size"),
         pytest.param(framed([{**GOOD_ITEM, "shape": [1, 1]}], b"123"), id="two dimensions"),
         pytest.param(framed([{**GOOD_ITEM, "prompts": ["x"]}], b"123"), id="a prompt that is no object"),
+        pytest.param(
+            framed([{**GOOD_ITEM, "prompts": [{**GOOD_PROMPT, "boxes": [{"xyxy": [0]}]}]}], b"123"),
+            id="a box",
+        ),
     ],
 )
 def test_what_is_not_a_frame_of_items_is_refused(frame: bytes) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sam3_runner import rle
-from sam3_runner.types import ItemError, ModelInfo, Segmentation, SegmentItem, SegmentResult
+from sam3_runner.types import ItemError, ModelInfo, Prompt, Segmentation, SegmentItem, SegmentResult
 
 RGB = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
@@ -35,7 +35,7 @@ class ColourRunner:
             await self.before()
         if self.answer is not None:
             return self.answer
-        found = tuple(_segmentation(item, prompt.text) for prompt in item.prompts)
+        found = tuple(_segmentation(item, prompt) for prompt in item.prompts)
         return SegmentResult(found, infer_ms=0.01, batch_size=3)
 
     async def info(self) -> ModelInfo:
@@ -58,14 +58,15 @@ def failed(code: str, message: str) -> SegmentResult:
     return SegmentResult(error=ItemError(code, message))
 
 
-def _segmentation(item: SegmentItem, text: str) -> Segmentation:
+def _segmentation(item: SegmentItem, prompt: Prompt) -> Segmentation:
+    text = prompt.text or ""
     mask = _mask(item.pixels, item.size_hw, text)
     if not mask.any():
         return Segmentation(np.zeros(0, np.float32), np.zeros((0, 4), np.float32), ())
     rows, columns = np.nonzero(mask)
     box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
     score = np.array([0.9 if text == "red" else 0.7], np.float32)
-    keep = score > item.score_threshold
+    keep = score > prompt.selection.score_threshold
     masks = (rle.encode_mask(mask),) if keep.any() else ()
     return Segmentation(score[keep], np.array([box], np.float32)[keep], masks)
 

@@ -666,7 +666,7 @@ async def test_a_task_in_which_the_model_dies_each_time_is_given_up_and_its_neig
     together: list[set[str]] = []
 
     async def die_of_blue() -> None:
-        prompt = embedded.runner.calls[-1].prompts[0].text
+        prompt = str(embedded.runner.calls[-1].prompts[0].text)
         inside.add(prompt)
         together.append(set(inside))
         await asyncio.sleep(0.05)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam3_runner.types import SegmentItem, SegmentResult, TextPrompt
+from sam3_runner.types import Prompt, SegmentItem, SegmentResult
 from tasks.errors import TaskConflict
 from tasks.pipeline import MAX_INSTANCES_IN_ROW, STAGES
 from tests.tasks.world import BLUE_BOX, RED_BOX, SIZE_HW, Watched, World, box_mask, iou, picture
@@ -89,7 +89,7 @@ async def test_nothing_found_is_a_normal_result_with_an_empty_mask(any_world: Wo
 async def test_the_threshold_of_the_job_reaches_the_runner(embedded: World) -> None:
     outcome = await embedded.run(embedded.job(prompts=("blue",), score_threshold=0.8))
     assert outcome.labels == ()
-    assert embedded.runner.calls[0].score_threshold == 0.8
+    assert embedded.runner.calls[0].prompts[0].selection.score_threshold == 0.8
 
 
 async def test_the_mask_fits_the_image_as_a_phone_shows_it(embedded: World) -> None:
@@ -141,7 +141,7 @@ async def test_the_row_of_a_crowd_keeps_the_best_instances_and_counts_all(embedd
 def _item_with_red() -> SegmentItem:
     pixels = np.zeros((256, 256, 3), np.uint8)
     pixels[50:100, 50:100, 0] = 255
-    return SegmentItem(pixels, SIZE_HW, (TextPrompt("red"),))
+    return SegmentItem(pixels, SIZE_HW, (Prompt("red"),))
 
 
 async def test_the_model_is_asked_for_its_facts_once(embedded: World) -> None:
