@@ -36,13 +36,14 @@ from api.requests import RECORD, RequestRecord
 from api.routes import ROUTES, RouteSpec
 from api.schemas import BatchRequest, PredictRequest, RequestT, parse_request
 from sam3_runner import rle
-from sam3_runner.errors import ImageError, ImageTooLarge, InvalidPrompt, TooManyPrompts
+from sam3_runner.errors import ImageError, ImageTooLarge, InvalidPrompt, TooManyPrompts, UnsupportedPrompt
 from sam3_runner.images import ImageHeader
 from sam3_runner.text import MAX_PROMPTS, PromptChecker
 from sam3_runner.types import ModelInfo, Prompt, Segmentation
 from storage import ObjectNotFound
 from storage.keys import validate_key
-from tasks.pipeline import Job, JobOutcome, PromptOutcome
+from tasks.job import Job
+from tasks.pipeline import JobOutcome, PromptOutcome
 
 T = TypeVar("T")
 
@@ -179,13 +180,15 @@ async def _read_job(request: Request, backend: Backend, record: RequestRecord, s
         user_id=asked.user_id,
         image_url=asked.image_url,
         prompts=asked.all_prompts,
-        score_threshold=asked.score_threshold,
         request_id=record.request_id,
         is_batch=isinstance(asked, BatchRequest),
+        region=None if asked.region is None else asked.region.region,
+        outputs=None if asked.outputs is None else tuple(dict.fromkeys(asked.outputs)),
+        polygon_tolerance_px=float(asked.polygon_tolerance_px),
     )
     try:
         _check_prompts(backend.prompts, asked)
-    except (PromptRefused, TooManyPrompts) as error:
+    except (PromptRefused, TooManyPrompts, UnsupportedPrompt) as error:
         await backend.executor.refuse(job, error)
         raise
     return job
@@ -208,7 +211,7 @@ def _accepted(job: Job) -> Response:
 
 def _check_prompts(check: PromptChecker, asked: PredictRequest | BatchRequest) -> None:
     try:
-        check.check([Prompt(text) for text in asked.all_prompts])
+        check.check(asked.all_prompts)
     except InvalidPrompt as error:
         details = tuple(
             {"field": asked.field_of_prompt(index), "message": message}
@@ -218,9 +221,9 @@ def _check_prompts(check: PromptChecker, asked: PredictRequest | BatchRequest) -
         raise PromptRefused(str(error), details) from error
 
 
-def _why_refused(check: PromptChecker, text: str) -> str | None:
+def _why_refused(check: PromptChecker, prompt: Prompt) -> str | None:
     try:
-        check.check([Prompt(text)])
+        check.check([prompt])
     except InvalidPrompt as error:
         return str(error)
     return None
@@ -290,22 +293,22 @@ def _result(job: Job, outcome: JobOutcome, prompt: PromptOutcome, elapsed_s: flo
         "labels": list(prompt.labels),
         "inference_time_ms": round(outcome.inference_time_ms, 3),
         "confidence": prompt.confidence,
-        "text_prompt": prompt.prompt,
-        "instances": _instances(prompt.segmentation),
+        "text_prompt": prompt.prompt.text,
+        "instances": _instances(prompt.segmentation, has_rle=job.makes("rle")),
         "image_size": {"width": width, "height": height},
-        "score_threshold": job.score_threshold,
+        "score_threshold": prompt.prompt.selection.score_threshold,
         "timings_ms": {**timings, "total": round(elapsed_s * 1000, 3)},
         "model": {"name": outcome.model.model_name, "version": outcome.model.model_version},
     }
 
 
-def _instances(found: Segmentation) -> list[dict[str, Any]]:
+def _instances(found: Segmentation, *, has_rle: bool) -> list[dict[str, Any]]:
     return [
         {
             "score": float(score),
             "box_xyxy_px": box.tolist(),
             "area_px": rle.area_px(mask),
-            "mask_rle": rle.to_coco(mask),
+            "mask_rle": rle.to_coco(mask) if has_rle else None,
         }
         for score, box, mask in zip(found.scores, found.boxes_xyxy_px, found.masks, strict=True)
     ]

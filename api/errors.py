@@ -155,6 +155,8 @@ FAULTS: dict[type[BaseException], Fault] = {
     runner_errors.InvalidInput: Fault(422, "VALIDATION_FAILED"),
     runner_errors.InvalidPrompt: Fault(422, "INVALID_PROMPT"),
     runner_errors.TooManyPrompts: Fault(422, "TOO_MANY_PROMPTS"),
+    runner_errors.UnsupportedPrompt: Fault(422, "UNSUPPORTED_PROMPT"),
+    runner_errors.InvalidRegion: Fault(422, "INVALID_REGION"),
     runner_errors.ImageError: Fault(422, "UNDECODABLE_IMAGE"),
     runner_errors.UnsupportedImage: Fault(415, "UNSUPPORTED_IMAGE"),
     runner_errors.UndecodableImage: Fault(422, "UNDECODABLE_IMAGE"),

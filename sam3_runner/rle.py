@@ -105,6 +105,28 @@ def odd_ones(ascending: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return odd
 
 
+def pasted(rle: RunLengthMask, top_left: tuple[int, int], size_hw: tuple[int, int]) -> RunLengthMask:
+    """A mask laid into a larger one that is empty around it.
+
+    Args:
+        rle: h×w.
+        top_left: Row and column of its first pixel.
+        size_hw: Of the larger one, H×W, into which it fits there.
+    """
+    (height, width), (top, left), (inner_height, inner_width) = size_hw, top_left, rle.size_hw
+    if not (0 <= top <= height - inner_height and 0 <= left <= width - inner_width):
+        raise ValueError(f"A mask of {rle.size_hw} (H, W) at {top_left} does not fit into {size_hw}.")
+    starts, ends = _intervals_by_column(rle)
+    columns, rows = np.divmod(starts, inner_height + 1)
+    first = (columns + left) * height + rows + top
+    # Runs that meet at a column's foot and the next one's head are one again.
+    bounds = odd_ones(np.sort(np.concatenate((first, first + ends - starts))))
+    counts = np.diff(bounds, prepend=0, append=height * width)
+    if len(counts) > 1 and counts[-1] == 0:
+        counts = counts[:-1]
+    return RunLengthMask(size_hw, counts.astype(np.uint32))
+
+
 def area_px(rle: RunLengthMask) -> int:
     """Number of pixels in the mask, from its counts alone."""
     return int(rle.counts[1::2].sum(dtype=np.int64))

@@ -32,9 +32,10 @@ from tasks.errors import (
     TaskNotFound,
     WorkerStops,
 )
+from tasks.job import Job, job_record
 from tasks.journal import COMPUTED, DONE, ERROR, FAILED, Entry, Journal, Verdict
-from tasks.pipeline import Attempt, Computed, Job, JobOutcome, Pipeline, Work, inputs_of
-from tasks.record import computed_of, job_of, job_record, result_record
+from tasks.pipeline import Attempt, Computed, JobOutcome, Pipeline, Work, inputs_of
+from tasks.record import computed_of, job_of, result_record
 from tasks.store import TaskInputs
 
 T = TypeVar("T")
