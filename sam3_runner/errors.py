@@ -6,6 +6,7 @@ RunnerError
 │   ├── TooManyPrompts
 │   ├── UnsupportedPrompt     of a kind that this checkpoint cannot answer
 │   ├── InvalidRegion         nothing of the image lies in it
+│   ├── OutputTooLarge        takes more time or memory than there is for it
 │   └── ImageError
 │       ├── UnsupportedImage  not a kind of file we read
 │       ├── UndecodableImage  the right kind, but broken
@@ -38,6 +39,10 @@ class UnsupportedPrompt(InvalidInput):
 
 class InvalidRegion(InvalidInput):
     """A region of an image that has no area, or none inside the image."""
+
+
+class OutputTooLarge(InvalidInput):
+    """Making the outputs that were asked for takes more time or memory than there is."""
 
 
 class ImageError(InvalidInput):

@@ -62,6 +62,38 @@ def decode_mask(rle: RunLengthMask) -> npt.NDArray[np.bool_]:
     return np.ascontiguousarray(columns_down.T)  # (W, H) -> (H, W)
 
 
+def decode_tight(rle: RunLengthMask) -> tuple[npt.NDArray[np.bool_], tuple[int, int]]:
+    """Decode no more than the rectangle that the mask fills: costs that, not the image.
+
+    Returns:
+        (h, w) bool, C-contiguous, and its left and top edge in the image. (0, 0) bool of an empty mask.
+    """
+    columns, tops, bottoms = column_intervals(rle)
+    if len(columns) == 0:
+        return np.zeros((0, 0), bool), (0, 0)
+    left, top = int(columns[0]), int(tops.min())
+    w, h = int(columns[-1]) - left + 1, int(bottoms.max()) - top
+    steps = np.zeros(w * (h + 1), np.int8)  # one row more: an interval may end at the foot
+    at = (columns - left) * (h + 1) - top
+    steps[at + tops] += 1
+    steps[at + bottoms] -= 1
+    inside = np.cumsum(steps, dtype=np.int8).view(np.bool_).reshape(w, h + 1)  # (w·(h+1),) -> (w, h+1)
+    return np.ascontiguousarray(inside[:, :h].T), (left, top)  # (w, h) -> (h, w)
+
+
+def column_intervals(
+    rle: RunLengthMask,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The mask column by column: M times a column, and the rows at which the mask begins and ceases to be in it.
+
+    Returns:
+        Three of (M,), columns ascending, and in each column rows ascending.
+    """
+    starts, ends = _intervals_by_column(rle)
+    columns, tops = np.divmod(starts, rle.size_hw[0] + 1)
+    return columns, tops, ends - columns * (rle.size_hw[0] + 1)
+
+
 def row_edges(rle: RunLengthMask) -> npt.NDArray[np.int64]:
     """Where the mask changes when it is read row by row; costs its outline, not its area.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import json
 import logging
 import math
 import mmap
@@ -18,9 +19,9 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import accumulate, count
 from typing import ClassVar, Final
 
 import numpy as np
@@ -28,7 +29,8 @@ import numpy.typing as npt
 
 from sam3_runner import decoder
 from sam3_runner.decoder import Outcome, Request
-from sam3_runner.errors import UndecodableImage
+from sam3_runner.drawing import Found
+from sam3_runner.errors import InvalidInput, OutputTooLarge, UndecodableImage
 from sam3_runner.images import (
     READABLE_FORMATS,
     ImageHeader,
@@ -39,6 +41,7 @@ from sam3_runner.images import (
     content_hash,
     crop_of,
 )
+from sam3_runner.outputs import Order
 
 logger = logging.getLogger("sam3_runner")
 
@@ -57,7 +60,9 @@ _INLINE_BYTES: Final = 1 << 18  # copied and hashed sooner than a thread wakes u
 _PASSED_ON: Final = ("PATH", "LD_LIBRARY_PATH", "LANG")
 _TEMPLATE_ENV: Final = {
     # One image takes one core; and a process that has threads cannot be forked whole.
-    **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
+    **dict.fromkeys(
+        ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OPENCV_FOR_THREADS_NUM"), "1"
+    ),
     "MALLOC_ARENA_MAX": "2",
     "CUDA_VISIBLE_DEVICES": "",
 }
@@ -150,6 +155,34 @@ class ImageSandbox:
         assert answer.pixels is not None
         return answer.pixels
 
+    async def make_outputs(
+        self, order: Order, found: Found, size_hw: tuple[int, int], data: bytes
+    ) -> dict[str, bytes]:
+        """See `outputs.make_outputs`: the same results.
+
+        Args:
+            order: What to make.
+            found: Label and instances of each prompt.
+            size_hw: Height and width of the upright image.
+            data: The image file; read only if the order needs its pixels.
+        Returns:
+            By name: the bytes of each output.
+        Raises:
+            OutputTooLarge: takes longer, or more memory, than one image may; or it crashes.
+            ImageError: as `open_for_model`, if the file is read.
+        """
+        instances = await asyncio.to_thread(decoder.pack_instances, order, found, size_hw)
+        if len(instances) > decoder.MAX_INSTANCES_BYTES:
+            raise OutputTooLarge(
+                f"The masks take {len(instances):,} bytes; outputs are made of at most "
+                f"{decoder.MAX_INSTANCES_BYTES:,}. Ask for fewer instances."
+            )
+        if order.needs_pixels:
+            check_bytes(data, self._limits)
+        request = Request(decoder.MAKE_OUTPUTS, instances=instances, outputs=len(order.names))
+        answer = await self._ask(request, data if order.needs_pixels else b"")
+        return dict(zip(order.names, answer.made, strict=True))
+
     async def probe(self, data: bytes) -> ImageHeader:
         """See `images.probe_image`: the same results, the same errors.
 
@@ -187,8 +220,10 @@ class ImageSandbox:
                 continue
             except _ChildEnded as error:
                 if error.exit_code == -signal.SIGXCPU:
-                    raise self._too_slow() from error
+                    raise self._too_slow(request) from error
                 deaths += 1
+        if request.what == decoder.MAKE_OUTPUTS:
+            raise OutputTooLarge("Making the outputs crashes. Ask for fewer of them.")
         raise UndecodableImage(
             "The image makes its decoder crash: it is damaged, or not made in good faith. "
             "Open it in an ordinary program, save it anew and send that."
@@ -199,7 +234,11 @@ class ImageSandbox:
         try:
             message = await child.ask(request, data, self._timeout_s)
             outcome, answer, text = _read_reply(message, child.served, self._limits)
-            if outcome == Outcome.DONE and request.what != decoder.PROBE:
+            if outcome == Outcome.DONE and request.what == decoder.MAKE_OUTPUTS:
+                answer.made = await child.read_made(
+                    _sizes(text, decoder.file_at(self._limits), request.outputs)
+                )
+            elif outcome == Outcome.DONE and request.what != decoder.PROBE:
                 is_whole = request.what == decoder.DECODE_WHOLE
                 answer.pixels = await child.read_pixels(
                     answer.size_hw if is_whole else (request.input_size_px,) * 2
@@ -208,17 +247,14 @@ class ImageSandbox:
                 outcome not in (Outcome.OUT_OF_MEMORY, Outcome.BUG) and child.served < _REQUESTS_PER_CHILD
             )
         except TimeoutError as error:
-            raise self._too_slow() from error
+            raise self._too_slow(request) from error
         finally:
             if is_fit:
                 self._idle.put_nowait(child)
             else:
                 child.kill()
         if outcome == Outcome.OUT_OF_MEMORY:
-            raise UndecodableImage(
-                f"Decoding the image takes more than {self._memory_bytes >> 20:,} MB of memory. "
-                "Scale it down, or save it as an ordinary JPEG or PNG."
-            )
+            raise _too_much(request, f"takes more than {self._memory_bytes >> 20:,} MB of memory")
         if outcome == Outcome.BUG:
             raise RuntimeError(f"the image decoder failed:\n{text}")
         if outcome != Outcome.DONE:
@@ -234,11 +270,8 @@ class ImageSandbox:
             if not child.ended.done():
                 return child
 
-    def _too_slow(self) -> UndecodableImage:
-        return UndecodableImage(
-            f"Decoding the image takes longer than {self._timeout_s:g} seconds. "
-            "Scale it down, or save it as an ordinary JPEG or PNG."
-        )
+    def _too_slow(self, request: Request) -> InvalidInput:
+        return _too_much(request, f"takes longer than {self._timeout_s:g} seconds")
 
     def _forget(self, task: asyncio.Task[_Answer]) -> None:
         self._running.discard(task)
@@ -319,6 +352,27 @@ class _Answer:
     kind: int
     size_hw: tuple[int, int]
     pixels: npt.NDArray[np.uint8] | None = None
+    made: Sequence[bytes] = ()
+
+
+def _too_much(request: Request, how: str) -> InvalidInput:
+    if request.what == decoder.MAKE_OUTPUTS:
+        return OutputTooLarge(f"Making the outputs {how}. Ask for fewer of them, or of a smaller image.")
+    return UndecodableImage(
+        f"Decoding the image {how}. Scale it down, or save it as an ordinary JPEG or PNG."
+    )
+
+
+def _sizes(text: str, limit: int, count: int) -> list[int]:
+    """Of the outputs, believed only as far as they can be true."""
+    try:
+        sizes = json.loads(text)
+    except ValueError as error:
+        raise _ChildEnded(None) from error
+    is_list = isinstance(sizes, list) and all(type(size) is int and size >= 0 for size in sizes)
+    if not is_list or len(sizes) != count or sum(sizes) > limit:
+        raise _ChildEnded(None)
+    return [*sizes]
 
 
 def _read_reply(message: bytes, request: int, limits: ImageLimits) -> tuple[Outcome, _Answer, str]:
@@ -361,7 +415,7 @@ class _Child:
 
     async def ask(self, request: Request, data: bytes, timeout_s: float) -> bytes:
         """Hand a request over and wait for the reply."""
-        await self._write(data)
+        await self._write(data + request.instances)
         if self.ended.done():
             raise _NotHanded
         self._message = self._loop.create_future()
@@ -382,11 +436,23 @@ class _Child:
         if self.ended.done():
             raise _ChildEnded(self.ended.result())
         pixels = np.empty((*size_hw, 3), np.uint8)
-        if pixels.nbytes <= decoder.KEPT_BYTES:
-            _read_all(self._memory_fd, pixels)
-        else:
-            await asyncio.to_thread(_take_and_close, os.dup(self._memory_fd), pixels)
+        await self._read(pixels)
         return pixels
+
+    async def read_made(self, sizes: Sequence[int]) -> list[bytes]:
+        """The outputs as the child has left them, one after the other."""
+        if self.ended.done():
+            raise _ChildEnded(self.ended.result())
+        whole = np.empty(sum(sizes), np.uint8)
+        await self._read(whole)
+        ends = [*accumulate(sizes)]
+        return [whole[end - size : end].tobytes() for end, size in zip(ends, sizes, strict=True)]
+
+    async def _read(self, into: npt.NDArray[np.uint8]) -> None:
+        if into.nbytes <= decoder.KEPT_BYTES:
+            _read_all(self._memory_fd, into)
+        else:
+            await asyncio.to_thread(_take_and_close, os.dup(self._memory_fd), into)
 
     def kill(self) -> None:
         """Now, and surely: with the template if it does not obey."""
@@ -469,7 +535,7 @@ class _Template:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         file_at = decoder.file_at(limits)
-        memory_fd = _shared_memory(file_at + limits.max_bytes)
+        memory_fd = _shared_memory(decoder.shared_memory_bytes(limits))
         child = self._children[number] = _Child(self, number, ours, memory_fd, file_at)
         with theirs:
             self._command(decoder.FORK, number, theirs.fileno(), memory_fd)
@@ -563,16 +629,16 @@ def _write_and_close(fd: int, data: bytes, at: int) -> None:
         os.close(fd)
 
 
-def _read_all(fd: int, pixels: npt.NDArray[np.uint8]) -> None:
-    if os.preadv(fd, [pixels.data], 0) != pixels.nbytes:
+def _read_all(fd: int, into: npt.NDArray[np.uint8]) -> None:
+    if os.preadv(fd, [into.data], 0) != into.nbytes:
         raise _ChildEnded(None)
 
 
-def _take_and_close(fd: int, pixels: npt.NDArray[np.uint8]) -> None:
-    """Read pixels and give their pages back to the kernel: nobody needs them in two places."""
+def _take_and_close(fd: int, into: npt.NDArray[np.uint8]) -> None:
+    """Read and give the pages back to the kernel: nobody needs them in two places."""
     try:
-        _read_all(fd, pixels)
-        with mmap.mmap(fd, pixels.nbytes) as memory:
+        _read_all(fd, into)
+        with mmap.mmap(fd, into.nbytes) as memory:
             memory.madvise(mmap.MADV_REMOVE)
     finally:
         os.close(fd)

@@ -20,11 +20,14 @@ import pytest_asyncio
 from PIL import Image
 
 from sam3_runner import decoder
-from sam3_runner.errors import ImageError, InvalidRegion, UndecodableImage
+from sam3_runner.errors import ImageError, InvalidRegion, OutputTooLarge, UndecodableImage
 from sam3_runner.images import ImageLimits, ModelImage, Region, open_for_model, open_image, probe_image
-from sam3_runner.sandbox import ImageSandbox, _Child
+from sam3_runner.outputs import KINDS as KINDS_OF_OUTPUTS
+from sam3_runner.outputs import Order, make_outputs
+from sam3_runner.sandbox import ImageSandbox, _Child, _ChildEnded, _sizes
 from tests.sam3_runner import color_profiles, made_images
 from tests.sam3_runner.broken_codecs import ordered
+from tests.sam3_runner.found_instances import disc, segmentation
 from tests.sam3_runner.made_images import KINDS, STRANGERS
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -209,6 +212,56 @@ class TestSameAsInThisProcess:
         with pytest.raises(RuntimeError, match="a bug of ours"):
             await sandbox.open_for_model(ordered(PNG, "raise_a_bug"), SIDE)
         await works(sandbox)
+
+
+class TestOutputs:
+    found = [
+        ("a", segmentation([disc((64, 96), 30, 30, 20), disc((64, 96), 30, 60, 20)])),
+        ("나무", segmentation([])),
+    ]
+
+    @pytest.mark.parametrize("kind", ["png", "jpeg"])
+    async def test_they_are_those_of_this_process(self, sandbox: ImageSandbox, kind: str) -> None:
+        data = KINDS[kind].make()
+        order = Order(tuple(KINDS_OF_OUTPUTS), polygon_tolerance_px=2.5, file_name="사진.jpg")
+        made = await sandbox.make_outputs(order, self.found, (64, 96), data)
+        assert made == make_outputs(order, self.found, (64, 96), open_image(data))
+
+    async def test_the_file_is_not_read_where_it_is_not_needed(self, sandbox: ImageSandbox) -> None:
+        order = Order(("boxes", "coco"))
+        made = await sandbox.make_outputs(order, self.found, (64, 96), ordered(PNG, "segfault"))
+        assert made == make_outputs(order, self.found, (64, 96))
+
+    @pytest.mark.parametrize(
+        ("order", "message"),
+        [
+            ("segfault", "outputs crashes"),
+            ("hang_in_c", "outputs takes longer"),
+            ("eat", "outputs takes more"),
+        ],
+    )
+    async def test_what_goes_wrong_costs_its_request(
+        self, sandbox: ImageSandbox, order: str, message: str
+    ) -> None:
+        with pytest.raises(OutputTooLarge, match=message):
+            await sandbox.make_outputs(Order(("cutout",)), self.found, (64, 96), ordered(PNG, order))
+        await works(sandbox)
+
+    async def test_a_file_that_is_no_image_is_told(self, sandbox: ImageSandbox) -> None:
+        with pytest.raises(ImageError):
+            await sandbox.make_outputs(Order(("cutout",)), self.found, (64, 96), b"no image")
+
+    async def test_more_masks_than_there_is_room_for_are_refused(
+        self, sandbox: ImageSandbox, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(decoder, "MAX_INSTANCES_BYTES", 100)
+        with pytest.raises(OutputTooLarge, match="at most 100"):
+            await sandbox.make_outputs(Order(("boxes",)), self.found, (64, 96), b"")
+
+    @pytest.mark.parametrize("text", ["", "{}", "[1]", "[1, -2]", "[1, 2.0]", "[1, 1000]", "[1, true]"])
+    async def test_sizes_that_cannot_be_true_are_not_believed(self, text: str) -> None:
+        with pytest.raises(_ChildEnded):
+            _sizes(text, 1000, 2)
 
 
 class TestCodecsGoneWrong:
