@@ -7,6 +7,7 @@ BentoML's own routes (`/livez`, `/readyz`, …) stay beside it. Errors are raise
 from __future__ import annotations
 
 import asyncio
+import mimetypes
 import re
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
@@ -38,15 +39,17 @@ from api.schemas import BatchRequest, PredictRequest, RequestT, parse_request
 from sam3_runner import rle
 from sam3_runner.errors import ImageError, ImageTooLarge, InvalidPrompt, TooManyPrompts, UnsupportedPrompt
 from sam3_runner.images import ImageHeader
+from sam3_runner.outputs import KINDS
 from sam3_runner.text import MAX_PROMPTS, PromptChecker
 from sam3_runner.types import ModelInfo, Prompt, Segmentation
 from storage import ObjectNotFound
 from storage.keys import validate_key
 from tasks.job import Job
-from tasks.pipeline import JobOutcome, PromptOutcome
+from tasks.pipeline import JobOutcome, PromptOutcome, document
 
 T = TypeVar("T")
 
+MAX_INLINE_BYTES = 65_536  # of a document in an answer
 _UPLOAD_KEY = re.compile(r"uploads(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)+\Z")
 _MAX_UPLOAD_KEY_CHARS = 255
 _MASKS_PREFIX = "masks/"
@@ -274,14 +277,29 @@ async def _in_pool(backend: Backend, call: Callable[..., T], *arguments: Any) ->
 def _answer(job: Job, outcome: JobOutcome, elapsed_s: float) -> dict[str, Any]:
     """The body of predict, or of predict/batch."""
     results = [_result(job, outcome, prompt, elapsed_s) for prompt in outcome.prompts]
+    outputs = {} if job.outputs is None else {"outputs": _outputs(job, outcome)}
     if not job.is_batch:
-        return results[0]
+        return {**results[0], **outputs}
     return {
         "task_id": job.task_id,
         "results": results,
         "total_inference_time_ms": round(outcome.inference_time_ms, 3),
         "mask_url": outcome.mask_url,
+        **outputs,
     }
+
+
+def _outputs(job: Job, outcome: JobOutcome) -> dict[str, Any]:
+    """What was asked for, each with its URL; small documents as they are, too."""
+    told: dict[str, Any] = {}
+    for name in job.outputs or ():
+        if name == "mask":
+            told[name] = {"url": outcome.mask_url, "media_type": "image/png"}
+            continue
+        told[name] = {"url": outcome.output_urls[name], "media_type": KINDS[name].media_type}
+        if KINDS[name].is_document and len(data := document(job, outcome, name)) <= MAX_INLINE_BYTES:
+            told[name]["inline"] = orjson.loads(data)
+    return told
 
 
 def _result(job: Job, outcome: JobOutcome, prompt: PromptOutcome, elapsed_s: float) -> dict[str, Any]:
@@ -323,7 +341,7 @@ async def _get_file(request: Request, backend: Backend, record: RequestRecord) -
     except ObjectNotFound as error:
         raise RouteNotFound(f"There is no file {key!r}.") from error
     if is_mask:
-        media_type = "image/png"
+        media_type = mimetypes.guess_type(key)[0] or "application/octet-stream"
     else:
         media_type = await _media_type_of_file(backend, data)
     return Response(data, media_type=media_type, headers={"x-content-type-options": "nosniff"})

@@ -42,6 +42,11 @@ class Kind:
     media_type: str
     needs_pixels: bool = False
 
+    @property
+    def is_document(self) -> bool:
+        """Whether it is JSON, which needs no photo and no child process."""
+        return self.media_type == "application/json"
+
 
 KINDS: Final = {
     "instance_map": Kind("instance_map.png", "image/png"),

@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol, TypeVar
 
-from storage.errors import StorageError
+from storage.errors import ObjectNotFound, ObjectTooLarge, StorageError
 from tasks.errors import (
     BacklogFull,
     JournalUnavailable,
@@ -598,7 +598,9 @@ class TaskExecutor:
             return await call()
 
     def _may_pass(self, run: _Run, error: Exception) -> bool:
-        if isinstance(error, TaskNotFound | TaskConflict | RecordUnreadable):
+        if isinstance(
+            error, TaskNotFound | TaskConflict | RecordUnreadable | ObjectNotFound | ObjectTooLarge
+        ):
             return False
         if run.is_computed or run.entry.state == FAILED:  # it must be told one day, whatever is away
             return isinstance(error, StorageError | TaskError | TimeoutError)

@@ -48,6 +48,11 @@ class Job:
         return output in (("mask", "rle") if self.outputs is None else self.outputs)
 
     @property
+    def others(self) -> tuple[str, ...]:
+        """The outputs beside the mask, in the order asked for."""
+        return tuple(name for name in self.outputs or () if name != "mask")
+
+    @property
     def question(self) -> str:
         """Whatever shapes the answer beside image, words and one score threshold; empty where nothing does."""
         first = self.prompts[0].selection

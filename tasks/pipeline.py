@@ -17,15 +17,17 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol, TypeVar
 
 import numpy as np
 
 from sam3_runner import errors as runner_errors
 from sam3_runner import rle
+from sam3_runner.drawing import Found
 from sam3_runner.images import ImageLimits, ModelImage, Region
 from sam3_runner.masks import encode_png
+from sam3_runner.outputs import KINDS, Order, make_outputs
 from sam3_runner.types import (
     ItemError,
     ModelInfo,
@@ -37,7 +39,7 @@ from sam3_runner.types import (
 )
 from storage import ObjectStore
 from tasks.job import Job, in_crop, name_of
-from tasks.keys import prompt_mask_key, union_mask_key
+from tasks.keys import output_key, prompt_mask_key, union_mask_key
 from tasks.store import TaskInputs, TaskResult, TaskStore
 
 T = TypeVar("T")
@@ -107,6 +109,8 @@ class JobOutcome:
             `row_update` adds up both updates.
         model: What segmented it.
         batch_size: How many requests shared the model's batch.
+        output_urls: Where others read the outputs beside the mask, by name.
+        documents: Those of them that are JSON, as far as they are at hand; `document` makes the others.
     """
 
     image_size_hw: tuple[int, int]
@@ -116,6 +120,8 @@ class JobOutcome:
     stage_ms: dict[str, float]
     model: ModelInfo
     batch_size: int
+    output_urls: dict[str, str] = field(default_factory=dict)
+    documents: dict[str, bytes] = field(default_factory=dict)
 
     @property
     def confidence(self) -> float:
@@ -146,12 +152,18 @@ class Runner(Protocol):
 
 
 class ImageDecoder(Protocol):
-    """Where image files are decoded (see `sam3_runner.sandbox.ImageSandbox`)."""
+    """Where image files are decoded, and drawn on (see `sam3_runner.sandbox.ImageSandbox`)."""
 
     async def open_for_model(
         self, data: bytes, input_size_px: int, region: Region | None = None
     ) -> ModelImage:
         """The file as the model takes it. Raises `ImageError`, `InvalidRegion`."""
+        ...
+
+    async def make_outputs(
+        self, order: Order, found: Found, size_hw: tuple[int, int], data: bytes
+    ) -> dict[str, bytes]:
+        """Files of what was found, by name. Raises `OutputTooLarge`, `ImageError`."""
         ...
 
 
@@ -242,7 +254,11 @@ class Pipeline:
             TaskError, StorageError: as the steps do.
         """
         await attempt("upload", lambda: self._save_masks(work, computed))
-        outcome = self.outcome(work.job, computed, work.clock.stage_ms)
+        made = await self._make_outputs(work, computed, attempt)
+        outcome = replace(
+            self.outcome(work.job, computed, work.clock.stage_ms),
+            documents={name: data for name, data in made.items() if KINDS[name].is_document},
+        )
         result = _row_result(outcome)
         await attempt("finish", lambda: work.write_row(self._tasks.finish(work.inputs, result)))
         return outcome
@@ -272,6 +288,10 @@ class Pipeline:
             stage_ms=stage_ms,
             model=computed.model,
             batch_size=computed.batch_size,
+            output_urls={
+                name: self._store.public_url(output_key(job.task_id, KINDS[name].suffix))
+                for name in job.others
+            },
         )
 
     async def _claim_and_load(self, work: Work, attempt: Attempt) -> tuple[ModelImage, ModelInfo]:
@@ -350,6 +370,34 @@ class Pipeline:
             work.clock.add("encode", encode_ms)
             with work.clock.spanned("upload"):
                 await self._store.put(key, png, "image/png")
+
+    async def _make_outputs(self, work: Work, computed: Computed, attempt: Attempt) -> dict[str, bytes]:
+        """Makes and stores what was asked for beside the mask; the photo is read again if it is drawn on."""
+        if not work.job.others:
+            return {}
+        order = order_of(work.job)
+        photo = await attempt("download", lambda: self._download(work)) if order.needs_pixels else b""
+        found = [
+            (name_of(prompt), one)
+            for prompt, one in zip(work.job.prompts, computed.segmentations, strict=True)
+        ]
+        with work.clock.timed("encode"):
+            made = await attempt(
+                "draw", lambda: self._decoder.make_outputs(order, found, computed.image_size_hw, photo)
+            )
+        await attempt("upload", lambda: self._save_outputs(work, made))
+        return made
+
+    async def _save_outputs(self, work: Work, made: dict[str, bytes]) -> None:
+        with work.clock.spanned("upload"):
+            await _together(
+                *(
+                    self._store.put(
+                        output_key(work.job.task_id, KINDS[name].suffix), data, KINDS[name].media_type
+                    )
+                    for name, data in made.items()
+                )
+            )
 
     async def _in_pool(self, call: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._codec_pool, call, *arguments)
@@ -475,6 +523,20 @@ def _in_whole_image(found: Sequence[Segmentation], image: ModelImage) -> tuple[S
         )
         for one in found
     )
+
+
+def order_of(job: Job, names: tuple[str, ...] | None = None) -> Order:
+    """What is to be made for a job: all outputs beside the mask, or some of them."""
+    file_name = job.image_url.partition("?")[0].rsplit("/", 1)[-1]
+    return Order(job.others if names is None else names, job.polygon_tolerance_px, file_name)
+
+
+def document(job: Job, outcome: JobOutcome, name: str) -> bytes:
+    """An output that is JSON: as it was made, or made again, which takes milliseconds of CPU."""
+    if name not in outcome.documents:
+        found = [(name_of(prompt.prompt), prompt.segmentation) for prompt in outcome.prompts]
+        return make_outputs(order_of(job, (name,)), found, outcome.image_size_hw)[name]
+    return outcome.documents[name]
 
 
 def _encode_union(masks: Sequence[RunLengthMask], size_hw: tuple[int, int]) -> tuple[bytes, float]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -11,10 +13,24 @@ from PIL import Image
 
 from sam3_runner.errors import InvalidRegion
 from sam3_runner.images import Region
+from sam3_runner.outputs import KINDS
 from sam3_runner.types import Box, Prompt, SegmentItem, SegmentResult
+from storage import ObjectNotFound
 from tasks.errors import TaskConflict
-from tasks.pipeline import MAX_INSTANCES_IN_ROW, STAGES
-from tests.tasks.world import BLUE_BOX, RED_BOX, SIZE_HW, Watched, World, box_mask, iou, picture, words
+from tasks.keys import output_key
+from tasks.pipeline import MAX_INSTANCES_IN_ROW, STAGES, document
+from tests.tasks.world import (
+    BLUE_BOX,
+    RED_BOX,
+    SIZE_HW,
+    Watched,
+    World,
+    box_mask,
+    iou,
+    iou_of,
+    picture,
+    words,
+)
 
 # Success
 
@@ -130,6 +146,53 @@ async def test_a_mask_that_nobody_asked_for_is_not_made(any_world: World) -> Non
     assert not await any_world.store.exists(outcome.mask_key)
     row = await any_world.row(job)
     assert (row.status, row.mask_image_url, row.labels) == ("done", None, ("red",))
+
+
+async def test_all_that_is_asked_for_is_made_and_stored_beside_the_mask(any_world: World) -> None:
+    job = any_world.job(prompts=words("red", "blue"), is_batch=True, outputs=("mask", *KINDS))
+    outcome = await any_world.run(job)
+    stored = {}
+    for name, kind in KINDS.items():
+        key = output_key(job.task_id, kind.suffix)
+        assert outcome.output_urls[name] == any_world.store.public_url(key)
+        stored[name] = await any_world.store.get(key, 1 << 20)
+    for name in ("instance_map", "overlay", "cutout"):
+        with Image.open(io.BytesIO(stored[name])) as image:
+            assert (image.height, image.width) == SIZE_HW
+            if name == "instance_map":
+                numbers = np.asarray(image)
+    assert iou_of(numbers == 1, box_mask(RED_BOX)) > 0.95
+    assert iou_of(numbers == 2, box_mask(BLUE_BOX)) > 0.95
+    document = json.loads(stored["coco"])
+    assert document["images"][0]["file_name"] == "picture.png"
+    assert [category["name"] for category in document["categories"]] == ["red", "blue"]
+    assert iou(await any_world.mask(outcome.mask_key), box_mask(RED_BOX, BLUE_BOX)) > 0.95
+
+
+async def test_documents_of_an_answer_from_the_journal_are_those_that_were_stored(any_world: World) -> None:
+    job = any_world.job(outputs=("coco", "polygons"), polygon_tolerance_px=2.0)
+    first, again = await any_world.run(job), await any_world.run(job)
+    assert len(any_world.runner.calls) == 1
+    assert set(first.documents) == {"coco", "polygons"} and not again.documents
+    for name in ("coco", "polygons"):
+        assert document(job, again, name) == document(job, first, name)
+    assert json.loads(document(job, again, "polygons"))["tolerance_px"] == 2.0
+
+
+async def test_a_photo_that_is_gone_before_it_was_drawn_on_fails_the_task(embedded: World) -> None:
+    reads = 0
+
+    async def gone_the_second_time() -> None:
+        nonlocal reads
+        reads += 1
+        if reads > 1:
+            raise ObjectNotFound("gone")
+
+    executor = embedded.executor(store=Watched(embedded.store, get=gone_the_second_time))
+    job = embedded.job(outputs=("mask", "overlay"))
+    with pytest.raises(ObjectNotFound):
+        await embedded.run(job, executor)
+    assert (await embedded.row(job)).status == "error"
 
 
 async def test_the_mask_fits_the_image_as_a_phone_shows_it(embedded: World) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sam3_runner.images import ImageLimits, ModelImage, Region, open_for_model
+from sam3_runner.drawing import Found
+from sam3_runner.images import ImageLimits, ModelImage, Region, open_for_model, open_image
+from sam3_runner.outputs import Order, make_outputs
 from sam3_runner.types import Prompt, Selection
 from storage import ImageUrls, ObjectStore
 from storage.errors import StorageTimeout, StorageUnavailable
@@ -63,7 +65,10 @@ def iou(png: bytes, truth: np.ndarray) -> float:
         levels = np.asarray(image.convert("L"))
     assert levels.shape == truth.shape
     assert set(np.unique(levels)) <= {0, 255}
-    found = levels == 255
+    return iou_of(levels == 255, truth)
+
+
+def iou_of(found: np.ndarray, truth: np.ndarray) -> float:
     return float((found & truth).sum() / max(1, (found | truth).sum()))
 
 
@@ -85,6 +90,12 @@ class ThreadDecoder:
         self, data: bytes, input_size_px: int, region: Region | None = None
     ) -> ModelImage:
         return await asyncio.to_thread(open_for_model, data, input_size_px, self.limits, region)
+
+    async def make_outputs(
+        self, order: Order, found: Found, size_hw: tuple[int, int], data: bytes
+    ) -> dict[str, bytes]:
+        pixels = open_image(data, self.limits) if order.needs_pixels else None
+        return await asyncio.to_thread(make_outputs, order, found, size_hw, pixels)
 
 
 class RunnerDied(Exception):
