@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _read_options(arguments)
     try:
-        images = find_images(options.images, options.results)
+        images = find_images(options.images, options.results / "masks")
         options.results.mkdir(parents=True, exist_ok=True)
         outcome = asyncio.run(_run(options, images))
     except (InputError, StateError, UploadSettingsError) as error:

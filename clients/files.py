@@ -32,19 +32,19 @@ class ImageFile:
     name: str
 
 
-def find_images(arguments: Sequence[str], results: Path) -> list[ImageFile]:
+def find_images(arguments: Sequence[str], masks: Path) -> list[ImageFile]:
     """Everything that the arguments name, each file once, in the order of names.
 
     Args:
         arguments: A file is taken whatever its name. Of a folder (all the way down) and of a pattern such as
             `photos/**/*.jpg` only images are, and nothing that is hidden.
-        results: A folder that is left out, so that masks are not segmented in their turn.
+        masks: A folder that is left out, so that results are not segmented in their turn.
     Raises:
         InputError: an argument names no image, or two files would have one name.
     """
     found: dict[str, ImageFile] = {}
     for argument in arguments:
-        images = list(_named_by(argument, results.resolve()))
+        images = list(_named_by(argument, masks.resolve()))
         if not images:
             raise InputError(f"{argument} names no image: expected a file, a folder of images or a pattern")
         for image in images:
@@ -57,15 +57,15 @@ def find_images(arguments: Sequence[str], results: Path) -> list[ImageFile]:
     return [found[name] for name in sorted(found)]
 
 
-def _named_by(argument: str, results: Path) -> Iterator[ImageFile]:
+def _named_by(argument: str, masks: Path) -> Iterator[ImageFile]:
     path = Path(argument)
     if path.is_dir():
-        yield from _images_below(path, _walk(path), results)
+        yield from _images_below(path, _walk(path), masks)
     elif os.path.lexists(path):
         yield ImageFile(path, path.name)
     elif _MAGIC & set(argument):
         root = Path(*_fixed_parts(path))
-        yield from _images_below(root, map(Path, glob.iglob(argument, recursive=True)), results)
+        yield from _images_below(root, map(Path, glob.iglob(argument, recursive=True)), masks)
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -81,8 +81,8 @@ def _fixed_parts(pattern: Path) -> Iterator[str]:
         yield part
 
 
-def _images_below(root: Path, paths: Iterator[Path], results: Path) -> Iterator[ImageFile]:
+def _images_below(root: Path, paths: Iterator[Path], masks: Path) -> Iterator[ImageFile]:
     for path in paths:
-        is_result = path.resolve().is_relative_to(results)
+        is_result = path.resolve().is_relative_to(masks)
         if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and not is_result:
             yield ImageFile(path, path.relative_to(root).as_posix())

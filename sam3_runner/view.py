@@ -21,6 +21,7 @@ from sam3_runner.segmenter import Segmenter
 from sam3_runner.types import Prompt, Segmentation
 
 _HEADING = ("prompt", "score", "box x0 y0 x1 y1", "area px", "share")
+_JPEG_QUALITY = 92  # outlines and labels stay clean
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def view(image: Path, prompts: Sequence[Prompt], checkpoint: Path, out: Path) ->
     with clock.stage("segment"):
         found = segmenter.segment(pixels, prompts)
     with clock.stage("draw"):
-        Image.fromarray(_overlay(pixels, prompts, found)).save(out)
+        Image.fromarray(_overlay(pixels, prompts, found)).save(out, quality=_JPEG_QUALITY)
     rows = [
         row for prompt, one in zip(prompts, found, strict=True) for row in _rows(prompt, one, pixels.shape)
     ]
