@@ -12,6 +12,7 @@ from PIL import Image
 
 from sam3_runner import __main__ as command
 from sam3_runner import view
+from sam3_runner.types import Prompt
 from tests.chaos.pictures import draw_pictures
 
 PICTURE = draw_pictures()[0]  # a red circle and a blue square
@@ -115,4 +116,4 @@ def test_the_weights_are_those_of_the_settings_unless_told(
 def test_a_prompt_of_boxes_alone_has_a_name() -> None:
     box = command._box("10,20,30.5,40")
     assert list(box.xyxy) == [10, 20, 30.5, 40]
-    assert view._name_of(command.Prompt(boxes=(box,))) == "like the boxes"
+    assert view._name_of(Prompt(boxes=(box,))) == "like the boxes"
