@@ -303,8 +303,7 @@ class _Run:
     async def _finish(self, image: ImageFile) -> None:
         """Upload one image, ask for it, write its masks, and record that it is done."""
         try:
-            data = await asyncio.to_thread(image.path.read_bytes)
-            stamp = await asyncio.to_thread(Stamp.of, image.path, data)
+            stamp, data = await asyncio.to_thread(Stamp.read, image.path)
         except OSError as error:
             raise S3ClientError("UNREADABLE_FILE", error.strerror or str(error), may_pass=False) from error
         suffix = image.path.suffix.lower()

@@ -36,16 +36,17 @@ class Stamp:
     sha256: str
 
     @classmethod
-    def of(cls, path: Path, data: bytes) -> Stamp:
-        """Of a file whose bytes were read just now."""
-        return cls(len(data), path.stat().st_mtime_ns, hashlib.sha256(data).hexdigest())
+    def read(cls, path: Path) -> tuple[Stamp, bytes]:
+        """Read a file. One that is written meanwhile has an older time than its bytes, and is read again next time."""
+        mtime_ns, data = path.stat().st_mtime_ns, path.read_bytes()
+        return cls(len(data), mtime_ns, hashlib.sha256(data).hexdigest()), data
 
     def still_fits(self, path: Path) -> bool:
         """Whether the file is as it was; one that was merely touched is read to find out."""
         now = path.stat()
         if now.st_size != self.n_bytes:
             return False
-        return now.st_mtime_ns == self.mtime_ns or Stamp.of(path, path.read_bytes()).sha256 == self.sha256
+        return now.st_mtime_ns == self.mtime_ns or Stamp.read(path)[0].sha256 == self.sha256
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ def path(tmp_path: Path, image: Path) -> Path:
     """A state file with one finished image."""
     path = tmp_path / "state.jsonl"
     with State(path, "job") as state:
-        state.add("a.png", Stamp.of(image, image.read_bytes()), ANSWER)
+        state.add("a.png", Stamp.read(image)[0], ANSWER)
     return path
 
 
@@ -78,7 +78,7 @@ def test_a_line_that_was_cut_off_is_forgotten_and_the_file_goes_on(
     path.write_bytes(whole + whole[:-cut_bytes])
     with State(path, "job") as state:
         assert state.answer_for("a.png", image) == ANSWER
-        state.add("b.png", Stamp.of(image, image.read_bytes()), ANSWER)
+        state.add("b.png", Stamp.read(image)[0], ANSWER)
     assert [json.loads(line)["name"] for line in path.read_bytes().splitlines()] == ["a.png", "b.png"]
 
 
