@@ -49,7 +49,7 @@ def test_it_draws_what_it_finds_and_tells_it_in_a_table(
     assert written == "overlay: seen.png"
 
     before = np.asarray(Image.open(io.BytesIO(PICTURE.file)).convert("RGB")).astype(int)
-    after = np.asarray(Image.open("seen.png")).astype(int)
+    after = np.asarray(Image.open(io.BytesIO(Path("seen.png").read_bytes()))).astype(int)
     changed = (np.abs(after - before) > 8).any(axis=2)
     assert changed[truth].mean() > 0.9
     assert not changed[PICTURE.truth("blue square")].any()
@@ -61,7 +61,8 @@ def test_the_overlay_is_named_after_the_image_unless_told(
     arguments = ["--prompt", "red circle", "--score-threshold", "1"]
     assert command.main(["view", str(image), *arguments]) == 0
     assert "nothing found" in capsys.readouterr().out
-    assert Image.open("desk.overlay.jpg").format == "JPEG"
+    with Image.open("desk.overlay.jpg") as overlay:
+        assert (overlay.format, overlay.size) == ("JPEG", (320, 240))
 
 
 @pytest.mark.parametrize(
