@@ -246,7 +246,9 @@ def test_an_interrupted_run_goes_on_where_it_stood(
     assert requests(service, PUT) == sent + n_images - n_done
     assert len({json.loads(line)["name"] for line in state.read_bytes().splitlines()}) == n_images
     # What the interrupted run had sent, but not recorded, was not computed a second time.
-    assert tasks_done(service) == done_before + n_images
+    n_tasks = done_before + n_images
+    wait_until(lambda: tasks_done(service) >= n_tasks, DEADLINE_S, "all tasks are counted")
+    assert tasks_done(service) == n_tasks
 
 
 @pytest.mark.parametrize(
