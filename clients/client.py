@@ -117,7 +117,6 @@ class Output(TypedDict):
 
     url: str
     media_type: str
-    bytes: int
     inline: NotRequired[Any]
 
 

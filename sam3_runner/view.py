@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from sam3_runner import rle
+from sam3_runner.drawing import draw_overlay, numbered
 from sam3_runner.errors import InvalidInput
 from sam3_runner.images import open_image
-from sam3_runner.masks import draw_overlay
 from sam3_runner.segmenter import Segmenter
 from sam3_runner.types import Prompt, Segmentation
 
@@ -110,13 +110,8 @@ def _name_of(prompt: Prompt) -> str:
 def _overlay(
     pixels: npt.NDArray[np.uint8], prompts: Sequence[Prompt], found: Sequence[Segmentation]
 ) -> npt.NDArray[np.uint8]:
-    masks = [mask for one in found for mask in one.masks]
-    labels = [
-        f"{_name_of(prompt)} {score:.2f}"
-        for prompt, one in zip(prompts, found, strict=True)
-        for score in one.scores
-    ]
-    return draw_overlay(pixels, masks, labels)
+    named = [(_name_of(prompt), one) for prompt, one in zip(prompts, found, strict=True)]
+    return draw_overlay(pixels, numbered(named, (pixels.shape[0], pixels.shape[1])))
 
 
 def _rows(prompt: Prompt, found: Segmentation, shape: tuple[int, ...]) -> Iterator[tuple[str, ...]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any, NotRequired, get_origin, get_type_hints
+from typing import Any, NotRequired, get_args, get_origin, get_type_hints
 
 import pytest
 from pydantic import BaseModel
@@ -175,6 +175,7 @@ def test_a_key_that_fits_in_no_header_is_refused_and_not_shown() -> None:
         (client.Instance, schemas.Instance),
         (client.CocoRle, schemas.CocoMask),
         (client.ImageSize, schemas.ImageSize),
+        (client.Output, schemas.StoredOutput),
         (client.Task, schemas.TaskResponse),
         (client.TaskError, schemas.TaskError),
         (client.ModelInfo, schemas.ModelInfoResponse),
@@ -185,3 +186,22 @@ def test_the_types_of_answers_are_those_of_the_api(ours: Any, theirs: type[BaseM
     hints = get_type_hints(ours, include_extras=True)
     assert fields <= set(hints)
     assert {name for name, hint in hints.items() if get_origin(hint) is not NotRequired} <= fields
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (client.PredictOptions, schemas.PredictRequest),
+        (client.BatchOptions, schemas.BatchRequest),
+        (client.PromptObject, schemas.PromptObject),
+        (client.ExemplarBox, schemas.BoxExemplar),
+        (client.Click, schemas.Click),
+        (client.Region, schemas.Rectangle),
+    ],
+)
+def test_all_that_may_be_asked_can_be_asked(ours: Any, theirs: type[BaseModel]) -> None:
+    arguments = {"image_url", "user_id", "task_id", "prompts"}
+    if theirs is schemas.PredictRequest:
+        arguments.add("text_prompt")
+    assert set(ours.__annotations__) == set(theirs.model_fields) - arguments
+    assert get_args(client.OutputName) == get_args(schemas.OutputName)
