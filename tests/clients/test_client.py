@@ -143,6 +143,13 @@ async def test_a_redirect_is_not_followed_so_that_the_key_goes_nowhere_else() ->
     assert server.requests[0].headers["X-API-Key"] == KEY
 
 
+async def test_no_proxy_comes_between_a_machine_and_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    with failing_server(OK) as server:
+        await predict(server, give_up_after_s=0)
+
+
 async def test_only_what_was_given_is_sent() -> None:
     with failing_server(OK) as server:
         async with S3Client(server.endpoint) as s3:

@@ -11,8 +11,6 @@ import pytest
 from PIL import Image
 
 from sam3_runner import __main__ as command
-from sam3_runner import view
-from sam3_runner.types import Prompt
 from tests.chaos.pictures import draw_pictures
 
 PICTURE = draw_pictures()[0]  # a red circle and a blue square
@@ -114,7 +112,7 @@ def test_the_weights_are_those_of_the_settings_unless_told(
     assert "weights-of-the-settings" in capsys.readouterr().err
 
 
-def test_a_prompt_of_boxes_alone_has_a_name() -> None:
-    box = command._box("10,20,30.5,40")
-    assert list(box.xyxy) == [10, 20, 30.5, 40]
-    assert view._name_of(Prompt(boxes=(box,))) == "like the boxes"
+def test_a_prompt_may_be_boxes_alone(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    boxes = ["--box", "40,60,130.5,150", "--box", "195,80,275,160"]
+    assert command.main(["view", "desk.heic", *boxes, "--out", "seen.png"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith("like the boxes")
