@@ -40,7 +40,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         tmp_path_factory.mktemp("served"),
         {"API_SECRET_KEY": f"{KEY},the-next-{KEY}", "S3_MAX_IMAGE_BYTES": str(MAX_IMAGE_BYTES)},
         ("--host", "127.0.0.1"),
-        target="tests.clients.bento_service:S3Backend",
     )
     try:
         yield service.wait_ready()
