@@ -26,7 +26,8 @@ def to_polygons(mask: RunLengthMask, tolerance_px: float) -> MultiPolygon:
 
     Args:
         mask: An empty one has no polygons.
-        tolerance_px: No corner that is left out is further than this from the simplified outline.
+        tolerance_px: Douglas and Peucker's: how far a corner that is left out may lie from the simplified outline;
+            where a ring begins, up to twice that.
     """
     columns, tops, bottoms = rle.column_intervals(mask)
     if len(columns) == 0:

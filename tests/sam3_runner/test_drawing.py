@@ -109,7 +109,7 @@ class TestTags:
         size_hw = (16, 60)
         image = np.zeros((*size_hw, 3), np.uint8)
         masks = [np.ones(size_hw, bool)] * 5
-        assert np.array_equal(overlay(image, masks, "x"), overlay(image, masks[:1], "x"))
+        assert np.array_equal(overlay(image, masks, "x")[:, :30], overlay(image, masks[:1], "x")[:, :30])
 
     def test_the_first_place_is_on_the_upper_edge_of_the_box(self) -> None:
         assert tags.placed([(50, 40, 90, 80)], [(30, 10)], (200, 100)) == [(50, 30)]

