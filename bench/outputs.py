@@ -185,7 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.peak:
         print(own_peak_mb(options.peak, options.counts[0]))
         return 0
-    seen = conditions("shapely", "pillow", "simplejpeg", "numpy", rounds=options.rounds)
+    seen = conditions("shapely", "manimgx-fonts-cjk", "pillow", "simplejpeg", "numpy", rounds=options.rounds)
     rows: list[Row] = []
     for name in options.names:
         for count in [0] if name == PHOTO else options.counts:

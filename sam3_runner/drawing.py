@@ -91,8 +91,9 @@ def draw_overlay(pixels: Pixels, instances: Sequence[Instance]) -> Pixels:
     """Lay the instances over the photo: a tint, a line around each, and a tag with label and score.
 
     The line is double, a bright colour's outer half black and a dark one's white, so that it is seen on any photo.
-    Where masks overlap, the best one is seen. A tag says `#3 0.97` (number and score) if no font at hand has all
-    characters of the label or if it would be wider than the photo, and is left out if that is, too.
+    Where masks overlap, the best one is seen. A tag says `#3 0.97` (number and score) if the font has not all
+    characters of the label or if it would be wider than half of the photo, then `#3`; it is left out if that is
+    too wide, too, or higher than a third of the photo.
 
     Args:
         pixels: (H, W, 3) RGB. Left as they are.
@@ -107,7 +108,7 @@ def draw_overlay(pixels: Pixels, instances: Sequence[Instance]) -> Pixels:
         return drawn
     colors = palette.colors(len(instances))
     contrasts = palette.contrasting(colors)
-    line_px = max(1, round(max(height, width) / 900))
+    line_px = max(1, round(max(height, width) / 500))
     x0, y0 = (min(box[side] for box in boxes.values()) for side in (0, 1))
     x1, y1 = (max(box[side] for box in boxes.values()) for side in (2, 3))
     for top in range(y0, y1, _STRIP_ROWS):
@@ -168,8 +169,8 @@ def _draw_tags(
     for instance in instances:
         score = f"{instance.score:.2f}"
         texts = (f"{instance.label} {score}", f"#{instance.number} {score}", f"#{instance.number}")
-        ink = tags.written(texts, font_px, width) if instance.number in boxes else None
-        if ink is not None and ink.shape[0] <= height:
+        ink = tags.written(texts, font_px, width // 2) if instance.number in boxes else None
+        if ink is not None and ink.shape[0] <= height // 3:
             inks.append((instance.number, ink))
     corners = tags.placed(
         [boxes[number] for number, _ in inks], [ink.shape[::-1] for _, ink in inks], (width, height)

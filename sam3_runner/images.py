@@ -133,8 +133,8 @@ class Region:
         left, top, right, bottom = edges
         if left >= right or top >= bottom:
             raise InvalidRegion(
-                f"The region {self._told()} has no area inside the image of {width}×{height} pixels. Expected left < right and top < bottom, and a part of the image "
-                "between them."
+                f"The region {self._told()} has no area inside the image of {width}×{height} pixels. "
+                "Expected left < right and top < bottom, and a part of the image between them."
             )
         return math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
 
