@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
+from importlib import resources
 from typing import Final
 
 import numpy as np
@@ -13,6 +15,9 @@ from PIL import Image, ImageDraw, ImageFont
 _MISSING: Final = (
     "\U0010ffff"  # a place in Unicode that stays empty: drawn as the sign for what a font does not have
 )
+_KOREAN: Final = 1  # of the faces in the file: where countries draw a character differently, Korea's way
+_MEDIUM: Final = 500  # weight
+_TALLEST: Final = "Éjg한"
 
 Font = ImageFont.FreeTypeFont
 
@@ -23,41 +28,37 @@ def written(texts: Sequence[str], font_px: int, max_width_px: int) -> npt.NDArra
     Returns:
         (h, w), 0 to 255: how much of each pixel is ink, with a margin around. None if there is no such text.
     """
+    font = _font(font_px)
     for text in texts:
-        font = next((font for font in _fonts(font_px) if _has_all_of(font, text)), None)
-        if font is None:
-            continue
-        ink = _ink(text, font, font_px)
-        if ink.shape[1] <= max_width_px:
-            return ink
+        if all(_has(font, character) for character in set(text)):
+            ink = _ink(text, font, font_px)
+            if ink.shape[1] <= max_width_px:
+                return ink
     return None
 
 
 def _ink(text: str, font: Font, font_px: int) -> npt.NDArray[np.uint8]:
     """With a margin around it; all tags of one font size have one height."""
     pad = max(2, font_px // 4)
-    ascent, descent = font.getmetrics()
+    _, top, _, bottom = font.getbbox(_TALLEST)
     left, _, right, _ = font.getbbox(text)
-    image = Image.new("L", (round(right - left) + 2 * pad, ascent + descent + pad))
-    ImageDraw.Draw(image).text((pad - left, pad // 2), text, fill=255, font=font)
+    image = Image.new("L", (math.ceil(right - left) + 2 * pad, math.ceil(bottom - top) + pad))
+    ImageDraw.Draw(image).text((pad - left, pad // 2 - top), text, fill=255, font=font)
     return np.asarray(image)
 
 
 @lru_cache(maxsize=8)
-def _fonts(font_px: int) -> tuple[Font, ...]:
-    """In the order in which they are asked."""
-    default = ImageFont.load_default(font_px)
-    assert isinstance(default, ImageFont.FreeTypeFont)
-    return (default,)
+def _font(font_px: int) -> Font:
+    """Noto Sans CJK: Latin, Greek, Cyrillic, Korean, Japanese and Chinese."""
+    path = resources.files("manimgx_fonts_cjk") / "NotoSansCJK-VF.otf.ttc"
+    font = ImageFont.truetype(str(path), font_px, index=_KOREAN)
+    font.set_variation_by_axes([_MEDIUM])
+    return font
 
 
 @lru_cache(maxsize=4096)
 def _has(font: Font, character: str) -> bool:
     return character == " " or bytes(font.getmask(character)) != bytes(font.getmask(_MISSING))
-
-
-def _has_all_of(font: Font, text: str) -> bool:
-    return all(_has(font, character) for character in set(text))
 
 
 # --- where they are put -------------------------------------------------------------------------------------
