@@ -26,9 +26,11 @@ def generate(package: Package) -> str:
     """The types, as they should be in the file."""
     # With R2, as in production: there are no `/files` routes then.
     document = openapi_document([spec for spec in ROUTES if not spec.is_local_only])
-    (package.folder / "openapi.json").write_text(json.dumps(document))
-    package.run("openapi-typescript", "openapi.json", *OPTIONS, "--output", "generated.ts")
-    return (package.folder / "generated.ts").read_text()
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "openapi.json", Path(folder) / "schema.ts"
+        source.write_text(json.dumps(document))
+        package.run("openapi-typescript", str(source), *OPTIONS, "--output", str(target))
+        return target.read_text()
 
 
 def main() -> int:

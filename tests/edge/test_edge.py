@@ -26,7 +26,8 @@ from tests.edge.world import (
     World,
 )
 
-pytestmark = pytest.mark.slow
+# The first one waits for all servers to start.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 BACKLOG_RETRY_AFTER_S = 5  # of the service's 429 when too many tasks are unfinished
 OLD, LOST, HOPELESS = timedelta(minutes=2), timedelta(minutes=20), timedelta(hours=25)
@@ -123,12 +124,13 @@ def test_a_phone_that_sends_again_has_one_task(world: World, phone: Phone, pictu
 def test_what_cannot_be_is_refused_at_once(
     world: World, phone: Phone, image: bytes, prompt: str, task_id: str | None, status: int, code: str
 ) -> None:
+    world.transcript.scene(f"refused: {code}")
     assert_fault(phone.send(image, prompt, task_id), status, code)
     assert not [seen for seen in world.supabase.seen if seen.method == "POST"]
 
 
 def test_a_form_without_an_image_is_refused(phone: Phone) -> None:
-    assert_fault(phone.client.post("/segment", data={"text_prompt": "cat"}), 415, "UNSUPPORTED_IMAGE")
+    assert_fault(phone.client.post("/segment", data={"text_prompt": "cat"}), 422, "VALIDATION_FAILED")
     assert_fault(phone.client.post("/segment", files={"x": b""}), 422, "VALIDATION_FAILED")
     broken = {"Content-Type": "multipart/form-data"}
     assert_fault(phone.client.post("/segment", content=b"x", headers=broken), 400, "MALFORMED_FORM")

@@ -22,6 +22,7 @@ from tests.servers.s3 import S3Server
 
 TIMEOUT_S = 30.0
 STOP_DEADLINE_S = 20.0
+MOST_CHARS = 120  # of a line about a request
 
 
 class Transcript:
@@ -37,7 +38,8 @@ class Transcript:
     def asked(self, response: httpx.Response, what: str) -> None:
         """A request and its answer."""
         request = response.request
-        self.lines.append(f"> {request.method} {request.url.raw_path.decode()}  {what}".rstrip())
+        said = f"> {request.method} {request.url.raw_path.decode()}  {what}"
+        self.lines.append(said if len(said) < MOST_CHARS else f"{said[:MOST_CHARS]}…")
         location = response.headers.get("Location")
         self.lines.append(f"< {response.status_code}" + (f"  Location: {location}" if location else ""))
         self.lines.append(f"  {response.text}")

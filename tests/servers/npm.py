@@ -84,4 +84,5 @@ def environment() -> dict[str, str]:
         "LITE_TELEMETRY": "0",
         "NO_UPDATE_NOTIFIER": "1",
         "WRANGLER_SEND_METRICS": "false",
+        "WRANGLER_HIDE_BANNER": "true",  # and do not ask whether there is a newer one
     }
