@@ -18,7 +18,6 @@ from tests.edge.package import Package
 from tests.edge.worker import Phone, new_id
 from tests.edge.world import (
     API_KEY,
-    CALL_TIMEOUT_S,
     GIVE_UP_AFTER_S,
     MAX_BACKLOG,
     PUBLIC_URL,
@@ -30,6 +29,8 @@ from tests.edge.world import (
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 BACKLOG_RETRY_AFTER_S = 5  # of the service's 429 when too many tasks are unfinished
+# A call arrives whole in half of the Worker's patience, and its answer comes too late.
+SLOW_BYTES_PER_S = 200
 OLD, LOST, HOPELESS = timedelta(minutes=2), timedelta(minutes=20), timedelta(hours=25)
 
 
@@ -209,6 +210,13 @@ def test_a_service_that_is_down_for_long_gets_the_task_from_the_sweep(
     world.worker.sweep()
     world.transcript.note("the service is back, and the cron trigger fires")
     assert world.wait_done(phone, task_id)["labels"] == ["red circle"]
+    secrets = (
+        API_KEY,
+        world.supabase.secret_key,
+        world.supabase.jwt_secret,
+        phone.client.headers["Authorization"],
+    )
+    assert not any(secret in world.worker.log() for secret in secrets)
 
 
 def test_the_sweep_knows_what_is_lost_and_what_is_hopeless(
@@ -257,16 +265,18 @@ def test_a_slow_service_is_called_again_with_the_same_task_and_computes_it_once(
 ) -> None:
     world.transcript.scene("the service is slow")
     before, request_id = world.computed(), f"phone-{uuid.uuid4()}"
-    with world.way.trouble(delay_s=CALL_TIMEOUT_S + 1):  # requests arrive when the Worker has hung up
+
+    def accepted() -> int:
+        return [status for _, status in world.requests(request_id)].count(202)
+
+    with world.way.trouble(bytes_per_s=SLOW_BYTES_PER_S):
         answer = phone.send(picture.file, "red circle", None, **{"X-Request-ID": request_id})
-        wait_until(lambda: len(world.requests(request_id)) >= 2, 30, "two calls arrive", world.worker.log)
+        wait_until(lambda: accepted() >= 2, 30, "two calls are accepted", world.worker.log)
     told = world.wait_done(phone, answer.json()["task_id"])
     assert told["status"] == "done"
-    wait_until(lambda: len(world.requests(request_id)) >= 3, 30, "a call is answered in time")
-    statuses = [status for _, status in world.requests(request_id)]
-    assert set(statuses) == {202}
+    wait_until(lambda: accepted() >= 3, 30, "a call is answered in time", world.worker.log)
     assert world.computed() == before + 1
-    world.transcript.note(f"{len(statuses)} calls arrived, one of them in time; computed once")
+    world.transcript.note(f"{accepted()} calls were accepted, one of them answered in time; computed once")
 
 
 def test_a_database_that_is_down_is_told_the_phone(world: World, phone: Phone, picture: Picture) -> None:
@@ -308,9 +318,3 @@ def test_the_client_gets_from_the_service_what_its_types_say(
     }
     said = compiled.run(compiled.node, "--test", "dist/test/service.e2e.js", env=env)
     assert "# pass 7" in said and "# fail 0" in said, said
-
-
-def test_no_secret_is_in_what_the_worker_logs(world: World) -> None:
-    secrets = (API_KEY, world.supabase.secret_key, world.supabase.jwt_secret)
-    assert "not delivered" in world.worker.log()
-    assert not any(secret in world.worker.log() for secret in secrets)

@@ -21,7 +21,7 @@ PUBLIC_URL = "https://images.example.com"
 USERS = ("00000000-0000-4000-8000-000000000001", "00000000-0000-4000-8000-000000000002")
 DONE_DEADLINE_S = 60.0
 # Short, so that the tests are: a call that takes longer is tried again, and a delivery that takes longer is put off.
-CALL_TIMEOUT_S, GIVE_UP_AFTER_S = 2.0, 12.0
+CALL_TIMEOUT_S, GIVE_UP_AFTER_S = 3.0, 12.0
 MAX_BACKLOG = 2
 
 
