@@ -30,7 +30,7 @@ def test_it_is_written_as_biome_has_it(package: Package) -> None:
 
 
 def test_the_client_does_what_it_says(compiled: Package) -> None:
-    said = compiled.run(compiled.node, "--test", "dist/test/client.test.js")
+    said = compiled.run(compiled.node, "--test", "--test-timeout=60000", "dist/test/client.test.js")
     passed = re.search(r"^# pass (\d+)$", said, re.MULTILINE)
     assert passed is not None and int(passed[1]) > 40, said
 

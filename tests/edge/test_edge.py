@@ -316,5 +316,5 @@ def test_the_client_gets_from_the_service_what_its_types_say(
         "USER_ID": USERS[0],
         "TASK_IDS": ",".join(tasks),
     }
-    said = compiled.run(compiled.node, "--test", "dist/test/service.e2e.js", env=env)
+    said = compiled.run(compiled.node, "--test", "--test-timeout=60000", "dist/test/service.e2e.js", env=env)
     assert "# pass 7" in said and "# fail 0" in said, said
