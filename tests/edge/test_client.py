@@ -6,8 +6,12 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from tests.edge.package import LOCKED, SOURCE, Package
 from tests.edge.schema import TYPES, generate
+
+pytestmark = pytest.mark.timeout(400)  # the first one may have to install the packages
 
 
 def test_the_types_are_those_of_the_api(package: Package) -> None:
