@@ -16,6 +16,7 @@ import torch
 
 from sam3_runner.cache import LruCache
 from sam3_runner.checkpoint import DEMO_CHECKPOINT, Checkpoint
+from sam3_runner.clicks import clicks_to_tensors, to_segmentation
 from sam3_runner.engine import MAX_ROWS, STATIC_SIZES, Answers, EncodedImages, Engine
 from sam3_runner.errors import (
     DeviceOutOfMemory,
@@ -27,10 +28,11 @@ from sam3_runner.errors import (
 from sam3_runner.forward import TextFeatures
 from sam3_runner.images import resize_for_model
 from sam3_runner.selection import best_above, logit_shift, without_duplicates
-from sam3_runner.text import MAX_PROMPTS, PromptChecker
+from sam3_runner.text import MAX_PROMPTS, NO_CLICKS, PromptChecker
 from sam3_runner.types import (
     ItemError,
     ModelInfo,
+    Point,
     Prompt,
     Segmentation,
     SegmentItem,
@@ -39,8 +41,8 @@ from sam3_runner.types import (
 )
 from sam3_runner.upsample import masks_from_logits
 
-# The last images asked about, each 56 MB in bfloat16 and twice that in float32 at full size: a second question about
-# one of them skips the image encoder, which is most of the work.
+# The last images asked about, each 56 MB in bfloat16 and twice that in float32 at full size (66 MB where clicks are
+# answered): a second question about one of them skips the image encoder, which is most of the work.
 IMAGE_CACHE_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
 TEXT_CACHE_BYTES = 64 << 20  # some thousand prompts
 
@@ -100,7 +102,9 @@ class Segmenter:
         prompts = PromptChecker.from_checkpoint(path, max_prompts)
         # Mapped from its file, on the host; the engine moves what it needs, and converts it there.
         model = checkpoint.load_model(torch.device("cpu"))
-        parameters = sum(tensor.numel() for tensor in model.parameters())
+        clicks = checkpoint.load_click_model(torch.device("cpu"))
+        models = [part for part in (model, clicks) if part is not None]
+        parameters = sum(tensor.numel() for part in models for tensor in part.parameters())
         info = ModelInfo(
             model_name="SAM3",
             model_version=checkpoint.version,
@@ -111,24 +115,29 @@ class Segmenter:
             input_size_px=checkpoint.input_size_px,
             max_text_tokens=checkpoint.max_text_tokens,
         )
-        engine = Engine(model, device, dtype)
+        engine = Engine(model, device, dtype, clicks)
         if device.type == "cuda":
             engine.accelerate()
         return cls(engine, info, prompts)
 
+    @property
+    def answers_clicks(self) -> bool:
+        """Whether the checkpoint brought an interactive head; without one, prompts with points are refused."""
+        return self._engine.clicks is not None
+
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Refuse prompts that cannot be answered, without touching the device; see `PromptChecker.check`."""
         self._prompts.check(prompts)
-        if any(prompt.boxes or prompt.points for prompt in prompts):
-            raise UnsupportedPrompt(
-                "expected a prompt in words: this checkpoint reads neither boxes nor points"
-            )
+        if any(prompt.boxes for prompt in prompts):
+            raise UnsupportedPrompt("expected a prompt in words: this checkpoint does not read boxes")
 
     def warm_up(self) -> None:
         """Run every batch size once, so that no caller waits for lazy initialisation, compilation or recording."""
         size = self.info.input_size_px
         prompts = tuple(Prompt(f"warm up {number}") for number in range(MAX_ROWS))
-        with_masks = (Prompt("warm up", selection=Selection(score_threshold=0.0)),)
+        with_masks = [Prompt("warm up", selection=Selection(score_threshold=0.0))]
+        if self.answers_clicks:
+            with_masks.append(Prompt(points=(Point((0, 0)),), selection=Selection(score_threshold=0.0)))
         sizes = (
             STATIC_SIZES[::-1] if self._device.type == "cuda" else (1,)
         )  # the largest first: others fit into it
@@ -137,7 +146,7 @@ class Segmenter:
             for batch in (
                 [SegmentItem(image, (size, size), prompts[:1]) for image in pixels],
                 [SegmentItem(pixels[0], (size, size), prompts[:rows])],
-                [SegmentItem(pixels[0], (size, size), with_masks)],
+                [SegmentItem(pixels[0], (size, size), tuple(with_masks))],
             ):
                 self._texts.clear()
                 self._segment_all(batch)
@@ -225,16 +234,21 @@ class Segmenter:
         found: list[list[Segmentation]] = [[] for _ in items]
         rows = self._engine.max_rows
         with torch.inference_mode():
-            texts = self._encode_texts([prompt for item in items for prompt in item.prompts])
+            texts = self._encode_texts(
+                [prompt for item in items for prompt in item.prompts if not prompt.points]
+            )
             for start in range(0, len(items), rows):
                 images = self._encode_images(items[start : start + rows])
                 pairs = [
                     _Pair(start + row, prompt, image, texts[prompt.text])
                     for row, image in enumerate(images)
                     for prompt in items[start + row].prompts
+                    if not prompt.points
                 ]
                 for first in range(0, len(pairs), rows):
                     self._answer(pairs[first : first + rows], items, found)
+                for row, image in enumerate(images):
+                    self._answer_clicks(items[start + row], image, found[start + row])
         return found
 
     @contextlib.contextmanager
@@ -291,6 +305,28 @@ class Segmenter:
         for row, pair in enumerate(pairs):
             size_hw = items[pair.item].size_hw
             found[pair.item].append(_keep(answers, decided[row], row, pair.prompt.selection, size_hw))
+
+    def _answer_clicks(self, item: SegmentItem, image: EncodedImages, found: list[Segmentation]) -> None:
+        """Answer an item's prompts with points, and put what is found in its place among its other answers."""
+        for place, prompt in enumerate(item.prompts):
+            if prompt.points:
+                image = self._prepare_clicks(item, image)
+                found.insert(place, self._click(prompt, image, item.size_hw))
+
+    def _prepare_clicks(self, item: SegmentItem, image: EncodedImages) -> EncodedImages:
+        """The image, clickable; it is kept as that for the next click."""
+        if image.clickable is None:
+            image = self._engine.prepare_clicks(image)
+            if item.key is not None:
+                self._images.put(item.key, image)
+        return image
+
+    def _click(self, prompt: Prompt, image: EncodedImages, size_hw: tuple[int, int]) -> Segmentation:
+        if self._engine.clicks is None or image.clickable is None:
+            raise UnsupportedPrompt(NO_CLICKS)
+        clicks = clicks_to_tensors(prompt.points, size_hw, self._device)
+        answer = self._engine.clicks.answer(image.clickable, *clicks)
+        return to_segmentation(answer, prompt.selection, size_hw)
 
 
 def _keep(
