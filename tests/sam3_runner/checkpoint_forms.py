@@ -1,5 +1,6 @@
 """One set of weights in every form that the runner loads."""
 
+import functools
 import json
 import math
 import shutil
@@ -22,6 +23,11 @@ def tensors_of(source: Path) -> dict[str, Tensor]:
 
 def click_tensors(source: Path) -> dict[str, Tensor]:
     """An interactive head for this detector, by `ClickModel`'s names: right in form, blind in answer."""
+    return dict(_click_tensors(source))
+
+
+@functools.cache
+def _click_tensors(source: Path) -> dict[str, Tensor]:
     config = json.loads((source / "config.json").read_text())
     with torch.device("meta"):
         shapes = loading.unset_click_model(config, {}).state_dict()
@@ -35,8 +41,8 @@ def _drawn(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
         return 0.1 * drawn
     if len(shape) == 1:  # of a normalisation
         return 1 + 0.1 * drawn
-    is_table = shape[0] <= 4 and len(shape) == 2
-    return drawn if is_table else drawn * math.sqrt(2 / math.prod(shape[1:]))
+    is_table = name.endswith(("embed.weight", "embedding", "token.weight", "tokens.weight"))
+    return drawn if is_table else drawn / math.sqrt(math.prod(shape[1:]))
 
 
 def video_tensors(source: Path) -> dict[str, Tensor]:
