@@ -15,7 +15,7 @@ from sam3_runner.images import resize_for_model
 from sam3_runner.segmenter import Segmenter
 from sam3_runner.training.evaluate import Question, evaluate
 from sam3_runner.training.scenes import Scene
-from sam3_runner.types import Box, Point, Prompt, Segmentation, SegmentItem, Selection
+from sam3_runner.types import Box, Prompt, Segmentation, SegmentItem, Selection
 
 
 def ask(*texts: str, **selection: Any) -> tuple[Prompt, ...]:
@@ -112,9 +112,7 @@ def test_a_higher_mask_threshold_makes_masks_smaller(demo: Segmenter, scenes: li
         assert (rle.decode_mask(outer) | ~rle.decode_mask(middle)).all()
 
 
-@pytest.mark.parametrize(
-    "prompt", [Prompt(points=(Point((3, 3)),)), Prompt("circle", boxes=(Box((1, 1, 9, 9)),))]
-)
+@pytest.mark.parametrize("prompt", [Prompt("circle", boxes=(Box((1, 1, 9, 9)),))])
 def test_what_the_checkpoint_cannot_read_is_refused(demo: Segmenter, prompt: Prompt) -> None:
     with pytest.raises(UnsupportedPrompt, match="in words"):
         demo.segment(np.zeros((10, 10, 3), np.uint8), [prompt])
