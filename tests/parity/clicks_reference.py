@@ -23,26 +23,27 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor, nn
 
-from tests.parity.reference import CudaIsCpu, build, builder, spread_weights
+from tests.parity.reference import CudaIsCpu, build, spread_weights  # first: it silences warnings
 
-from sam3.model.sam3_image_processor import Sam3Processor  # isort: skip  # after warnings are silenced
+import sam3.model_builder as builder  # isort: skip
+from sam3.model.sam3_image_processor import Sam3Processor  # isort: skip
 
 PREDICTOR = "inst_interactive_predictor.model."
 SINGLE_MASK = f"{PREDICTOR}sam_mask_decoder.output_hypernetworks_mlps.0.layers.2.weight"
 
 
-def label(values: npt.NDArray[np.uint8], return_num: bool) -> tuple[npt.NDArray[np.int32], int]:
+def label(values: npt.NDArray[np.uint8], return_num: bool) -> tuple[npt.NDArray[Any], int]:
     """The parts of what is not 0, where corners hang together: as scikit-image's function of this name."""
     assert return_num
     return ndimage.label(values, np.ones((3, 3)))
 
 
-def build_with_predictor(size: dict[str, dict[str, Any]], bpe: str, input_size_px: int) -> nn.Module:
+def build_with_predictor(size: dict[str, dict[str, Any]], bpe: str, input_size_px: int) -> Any:
     """Meta's image model with its interactive predictor."""
     builder.build_sam3_image_model = functools.partial(
         builder.build_sam3_image_model, enable_inst_interactivity=True
     )
-    model = build(size, bpe)
+    model: Any = build(size, bpe)
     grid = input_size_px // 14
     model.inst_interactive_predictor._bb_feat_sizes = [(grid * by, grid * by) for by in (4, 2, 1)]
     return model
@@ -113,7 +114,7 @@ def run(folder: Path, bpe: str) -> None:
     save(model, folder / "sam3.pt")
     for number, case in enumerate(request["cases"]):
         with CudaIsCpu():
-            found = answer(model, folder / case["image"], case["prompts"], input_size_px)
+            found: dict[str, Any] = answer(model, folder / case["image"], case["prompts"], input_size_px)
         np.savez(folder / f"answer-{number}.npz", **found)
     versions = {name: version(name) for name in ("sam3", "torch", "torchvision", "numpy")}
     (folder / "done.json").write_text(json.dumps(versions))
