@@ -25,9 +25,10 @@ from transformers.models.sam3_tracker_video.modeling_sam3_tracker_video import (
 )
 
 from sam3_runner.blocks import Neck, Weights
+from sam3_runner.errors import InvalidPrompt
 from sam3_runner.rle import row_edges
 from sam3_runner.selection import logit_shift
-from sam3_runner.types import Point, RunLengthMask, Segmentation, Selection
+from sam3_runner.types import Point, Prompt, RunLengthMask, Segmentation, Selection
 from sam3_runner.upsample import masks_from_logits
 
 # As Meta's predictor: what is not of the mask and no larger than this, in pixels of the logits, is filled with it.
@@ -166,6 +167,24 @@ def _as_one(first: nn.Conv2d, then: nn.Conv2d) -> nn.Conv2d:
     one.weight = nn.Parameter(torch.einsum("po,ocyx->pcyx", mix, first.weight.detach().float()))
     one.bias = nn.Parameter(mix @ first.bias.detach().float() + then.bias.detach().float())
     return one
+
+
+def check_points(prompts: Sequence[Prompt], size_hw: tuple[int, int]) -> None:
+    """Refuse clicks beside an image.
+
+    Args:
+        prompts: Their points in pixels.
+        size_hw: The image's height and width.
+    Raises:
+        InvalidPrompt: a point lies outside, or is no place at all.
+    """
+    height, width = size_hw
+    for point in (point for prompt in prompts for point in prompt.points):
+        x, y = point.xy
+        if point.is_relative:
+            raise InvalidPrompt(f"expected a click in pixels, got the shares {point.xy} of the image's sides")
+        if not (0 <= x <= width and 0 <= y <= height):  # nor is a NaN
+            raise InvalidPrompt(f"the click {point.xy} lies outside the image of {width}×{height} pixels")
 
 
 def clicks_to_tensors(

@@ -3,9 +3,10 @@
 `Sam3Model.forward` does all three at once, makes the masks of all queries and returns the last decoder layer
 alone. A test holds `decode` equal to it.
 
-One thing is as in Meta's code and not as in `Sam3Model.forward`: a prompt without boxes still ends in the geometry
-encoder's class token, which has looked at the image. SAM3 was trained with it; transformers leaves it out. Without
-boxes it depends on the image alone, so it is made once an image.
+Two things are as in Meta's code and not as in `Sam3Model.forward`. A prompt without boxes still ends in the geometry
+encoder's class token, which has looked at the image: SAM3 was trained with it, transformers leaves it out. Without
+boxes it depends on the image alone, so it is made once an image. And what lies in a box is pooled in float32, whatever
+else is computed in: transformers rounds the box's edges to half precision where features are bfloat16.
 """
 
 from __future__ import annotations
@@ -77,9 +78,10 @@ class TextFeatures:
         """Several as one."""
         return cls(torch.cat([text.tokens for text in texts]), torch.cat([text.is_token for text in texts]))
 
-    def append(self, tokens: Tensor) -> TextFeatures:
-        """With `tokens` (B, K, C), none of them padding, behind those there are."""
-        is_token = self.is_token.new_ones(tokens.shape[:2])
+    def append(self, tokens: Tensor, is_token: Tensor | None = None) -> TextFeatures:
+        """With `tokens` (B, K, C) behind those there are; `is_token` (B, K) if some of them are padding."""
+        if is_token is None:
+            is_token = self.is_token.new_ones(tokens.shape[:2])
         return TextFeatures(
             torch.cat([self.tokens, tokens], dim=1), torch.cat([self.is_token, is_token], dim=1)
         )
@@ -120,19 +122,51 @@ def encode_image(model: Sam3Model, pixel_values: Tensor) -> ImageFeatures:
     vision = model.vision_encoder(pixel_values)
     # The last, coarsest level is made by the model's neck but not used by its detector.
     levels, position = vision.fpn_hidden_states[:-1], vision.fpn_position_encoding[-2][:1]
-    return ImageFeatures(levels, position, _encode_no_boxes(model, levels[-1], position))
+    class_token = model.geometry_encoder.cls_embed.weight.expand(len(pixel_values), 1, -1)
+    return ImageFeatures(
+        levels, position, _look_at_image(model, levels[-1], position, class_token, is_token=None)
+    )
 
 
-def _encode_no_boxes(model: Sam3Model, level: Tensor, position: Tensor) -> Tensor:
-    """(I, C, H, W) features and their position encoding -> (I, 1, C), the geometry encoder's class token."""
+def encode_boxes(
+    model: Sam3Model, image: ImageFeatures, boxes_cxcywh: Tensor, is_positive: Tensor, is_box: Tensor
+) -> TextFeatures:
+    """What the geometry encoder says of boxes marked on B images, for `decode` in place of what it says of none.
+
+    Args:
+        model: Its geometry encoder is used.
+        image: B images, pair b being row b of all that is given.
+        boxes_cxcywh: (B, K, 4) float32, centre and size in [0, 1] of the image's width and height.
+        is_positive: (B, K), 1 or True for "like this one".
+        is_box: (B, K) bool, False where a box is padding; wherever it stands, and all of a row may be.
+    Returns:
+        K + 1 tokens each, the class token last. It is never padding, and alone it is `image.geometry`.
+    """
+    encoder, level = model.geometry_encoder, image.levels[-1]
+    normal = encoder.vision_layer_norm(level.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    marked, _ = encoder._encode_boxes(boxes_cxcywh.float(), is_box, is_positive, normal.float())
+    class_token = encoder.cls_embed.weight.expand(len(marked), 1, -1)
+    is_token = torch.cat([is_box, is_box.new_ones(len(is_box), 1)], dim=1)
+    tokens = torch.cat([marked, class_token.type_as(marked)], dim=1)
+    return TextFeatures(_look_at_image(model, level, image.position, tokens, is_token), is_token)
+
+
+def _look_at_image(
+    model: Sam3Model, level: Tensor, position: Tensor, tokens: Tensor, is_token: Tensor | None
+) -> Tensor:
+    """Tokens (B, K, C) through the geometry encoder's layers.
+
+    They see each other, where `is_token` (B, K) if given, and the image: (B, C, H, W) features, position encoding.
+    """
     encoder = model.geometry_encoder
     pixels, positions = (part.flatten(2).transpose(1, 2) for part in (level, position))  # (·, H·W, C)
-    token = encoder.prompt_layer_norm(encoder.final_proj(encoder.cls_embed.weight)).expand(len(level), 1, -1)
+    mask = None if is_token is None else is_token[:, None, None, :]  # over heads and queries
+    tokens = encoder.prompt_layer_norm(encoder.final_proj(tokens))
     for layer in encoder.layers:
-        token = layer(
-            prompt_feats=token, vision_feats=pixels, vision_pos_encoding=positions, prompt_mask=None
+        tokens = layer(
+            prompt_feats=tokens, vision_feats=pixels, vision_pos_encoding=positions, prompt_mask=mask
         )
-    encoded: Tensor = encoder.output_layer_norm(token)
+    encoded: Tensor = encoder.output_layer_norm(tokens)
     return encoded
 
 
@@ -150,7 +184,12 @@ def encode_text(model: Sam3Model, input_ids: Tensor, attention_mask: Tensor) -> 
 
 
 def decode(
-    model: Sam3Model, image: ImageFeatures, text: TextFeatures, *, drawn: Tensor | None = None
+    model: Sam3Model,
+    image: ImageFeatures,
+    text: TextFeatures,
+    *,
+    boxes: TextFeatures | None = None,
+    drawn: Tensor | None = None,
 ) -> LayerOutputs:
     """Answer B (image, prompt) pairs: `image` and `text` hold B of each, pair b being row b of both.
 
@@ -158,9 +197,10 @@ def decode(
         model: All but its encoders is used.
         image: B images.
         text: B prompts.
+        boxes: Of B pairs, as `encode_boxes` made them; None: no pair has any.
         drawn: (D,) for training: the pairs whose pixels are decoded, the semantic head's among them.
     """
-    text = text.append(image.geometry)
+    text = text.append(image.geometry) if boxes is None else text.append(boxes.tokens, boxes.is_token)
     finest_read = image.levels[-1]
     encoded = model.detr_encoder(
         vision_features=[finest_read],
@@ -177,7 +217,7 @@ def decode(
     )
     queries = decoded.intermediate_hidden_states  # (L, B, N, C)
     offsets = model.detr_decoder.box_head(queries)
-    boxes = (torch.logit(decoded.reference_boxes.float(), eps=BOX_EPS) + offsets.float()).sigmoid()
+    found = (torch.logit(decoded.reference_boxes.float(), eps=BOX_EPS) + offsets.float()).sigmoid()
     logits = model.dot_product_scoring(
         decoder_hidden_states=queries, text_features=encoded.text_features, text_mask=text.is_token
     )
@@ -188,7 +228,7 @@ def decode(
     head = model.mask_decoder
     return LayerOutputs(
         logits=logits.squeeze(-1).float(),
-        boxes_cxcywh=boxes,
+        boxes_cxcywh=found,
         presence_logits=decoded.presence_logits.squeeze(-1).float(),
         mask_embeddings=head.mask_embedder(queries),
         pixel_embeddings=head.instance_projection(pixels),

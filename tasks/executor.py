@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol, TypeVar
 
-from storage.errors import StorageError
+from storage.errors import ObjectNotFound, ObjectTooLarge, StorageError
 from tasks.errors import (
     BacklogFull,
     JournalUnavailable,
@@ -32,9 +32,10 @@ from tasks.errors import (
     TaskNotFound,
     WorkerStops,
 )
+from tasks.job import Job, job_record
 from tasks.journal import COMPUTED, DONE, ERROR, FAILED, Entry, Journal, Verdict
-from tasks.pipeline import Attempt, Computed, Job, JobOutcome, Pipeline, Work, inputs_of
-from tasks.record import computed_of, job_of, job_record, result_record
+from tasks.pipeline import Attempt, Computed, JobOutcome, Pipeline, Work, inputs_of
+from tasks.record import computed_of, job_of, result_record
 from tasks.store import TaskInputs
 
 T = TypeVar("T")
@@ -597,7 +598,9 @@ class TaskExecutor:
             return await call()
 
     def _may_pass(self, run: _Run, error: Exception) -> bool:
-        if isinstance(error, TaskNotFound | TaskConflict | RecordUnreadable):
+        if isinstance(
+            error, TaskNotFound | TaskConflict | RecordUnreadable | ObjectNotFound | ObjectTooLarge
+        ):
             return False
         if run.is_computed or run.entry.state == FAILED:  # it must be told one day, whatever is away
             return isinstance(error, StorageError | TaskError | TimeoutError)

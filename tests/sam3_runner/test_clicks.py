@@ -393,6 +393,25 @@ def test_clicks_stand_alone(segmenter: Segmenter) -> None:
             segmenter.segment(image, [prompt])
 
 
+@pytest.mark.parametrize(
+    ("point", "said"),
+    [
+        pytest.param(Point((30.5, 5)), "outside the image of 30×20", id="right of it"),
+        pytest.param(Point((3, -0.1)), "outside", id="above it"),
+        pytest.param(Point((float("nan"), 5)), "outside", id="nowhere"),
+        pytest.param(Point((0.5, 0.5), is_relative=True), "in pixels", id="relative"),
+    ],
+)
+def test_clicks_beside_the_image_are_refused(segmenter: Segmenter, point: Point, said: str) -> None:
+    prompt = Prompt(points=(Point((30, 20)), point))
+    with pytest.raises(InvalidPrompt, match=said):
+        segmenter.segment(np.zeros((20, 30, 3), np.uint8), [prompt])
+    item = SegmentItem(np.zeros((240, 240, 3), np.uint8), (20, 30), (prompt,))
+    (refused,) = segmenter.segment_batch([item])
+    assert refused.error is not None
+    assert refused.error.code == "InvalidPrompt"
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_whether_clicks_are_answered_is_told_from_the_files_as_from_the_loaded_model(
     random_checkpoint: Path, tmp_path: Path, form: str

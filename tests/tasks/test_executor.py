@@ -22,7 +22,7 @@ from sam3_runner.errors import (
     UndecodableImage,
     UnsupportedImage,
 )
-from sam3_runner.images import ImageLimits
+from sam3_runner.images import ImageLimits, Region
 from sam3_runner.types import ItemError, SegmentResult
 from storage import ForeignUrl, ObjectNotFound, ObjectTooLarge, StorageError
 from tasks.errors import (
@@ -36,9 +36,9 @@ from tasks.errors import (
     WorkerStops,
 )
 from tasks.executor import COUNTED_FOR_S, MAX_ATTEMPTS, TaskExecutor
+from tasks.job import Job, job_record
 from tasks.journal import ACCEPTED, COMPUTED, DONE, ERROR, Journal
-from tasks.pipeline import STAGES, Job, runner_error
-from tasks.record import job_record
+from tasks.pipeline import STAGES, runner_error
 from tasks.store import TaskRow
 from tests.servers.postgrest import PostgrestStandIn
 from tests.servers.s3 import S3Server
@@ -54,6 +54,7 @@ from tests.tasks.world import (
     code_of,
     iou,
     picture,
+    words,
 )
 
 
@@ -202,7 +203,15 @@ async def test_a_task_in_use_with_other_inputs_is_a_conflict_and_keeps_its_row(a
     job = any_world.job()
     await any_world.run(job)
     before = await any_world.row(job)
-    for changes in ({"prompts": ("blue",)}, {"score_threshold": 0.9}, {"image_url": "uploads/missing.png"}):
+    others: list[dict[str, Any]] = [
+        {"prompts": words("blue")},
+        {"prompts": words("red", score_threshold=0.9)},
+        {"prompts": words("red", max_instances=1)},
+        {"region": Region((0, 0, 20, 20))},
+        {"outputs": ("mask",)},
+        {"image_url": "uploads/missing.png"},
+    ]
+    for changes in others:
         with pytest.raises(TaskConflict):
             await any_world.run(replace(job, **changes))
     with pytest.raises(ForeignUrl):
@@ -224,7 +233,7 @@ async def test_a_task_id_that_is_no_part_of_a_key_touches_nothing(
     assert world.runner.calls == []
 
 
-@pytest.mark.parametrize("changes", [{"prompts": ()}, {"prompts": ("red", "blue"), "is_batch": False}])
+@pytest.mark.parametrize("changes", [{"prompts": ()}, {"prompts": words("red", "blue"), "is_batch": False}])
 def test_a_job_without_a_prompt_or_with_too_many_for_one_is_a_mistake_of_ours(
     changes: dict[str, Any],
 ) -> None:
@@ -232,8 +241,7 @@ def test_a_job_without_a_prompt_or_with_too_many_for_one_is_a_mistake_of_ours(
         "task_id": "t",
         "user_id": "u",
         "image_url": "i",
-        "prompts": ("red",),
-        "score_threshold": 0.5,
+        "prompts": words("red"),
         "request_id": "r",
     }
     with pytest.raises(ValueError, match="prompts"):
@@ -321,7 +329,7 @@ async def test_storage_that_goes_down_before_the_upload_costs_no_second_computat
         await asyncio.to_thread(s3.kill)
 
     world.runner.before = kill
-    job = world.job(prompts=("red", "blue"), is_batch=True)
+    job = world.job(prompts=words("red", "blue"), is_batch=True)
     running = asyncio.create_task(world.run(job))
     await until_true(lambda: "upload" in world.counts.retries)
     await asyncio.to_thread(s3.start)
@@ -380,7 +388,7 @@ async def test_the_same_request_at_once_is_one_task(any_world: World) -> None:
 
 
 async def test_what_is_done_is_answered_from_the_journal(any_world: World) -> None:
-    job = any_world.job(prompts=("red", "blue"), is_batch=True)
+    job = any_world.job(prompts=words("red", "blue"), is_batch=True)
     first = await any_world.run(job)
     again = await any_world.run(job)
     assert len(any_world.runner.calls) == 1
@@ -559,7 +567,7 @@ async def test_a_refused_job_leaves_an_error_row_and_one_with_other_inputs_alone
     assert (row.status, row.metadata["error"]["code"]) == ("error", "InvalidPrompt")
     done = any_world.job()
     await any_world.run(done, executor)
-    await executor.refuse(replace(done, prompts=("<|",)), InvalidPrompt("special"))
+    await executor.refuse(replace(done, prompts=words("<|")), InvalidPrompt("special"))
     assert (await any_world.row(done)).status == "done"
 
 
@@ -677,7 +685,7 @@ async def test_a_task_in_which_the_model_dies_each_time_is_given_up_and_its_neig
             raise RunnerDied("gone")
 
     embedded.runner.before = die_of_blue
-    poison, *others = [embedded.job(prompts=(prompt,)) for prompt in ("blue", "red", "green")]
+    poison, *others = [embedded.job(prompts=words(prompt)) for prompt in ("blue", "red", "green")]
     results = await asyncio.gather(*(embedded.run(job) for job in (poison, *others)), return_exceptions=True)
     assert isinstance(results[0], TaskGaveUp)
     assert [(await embedded.row(job)).status for job in (poison, *others)] == ["error", "done", "done"]
