@@ -15,7 +15,7 @@ from sam3_runner.images import resize_for_model
 from sam3_runner.segmenter import Segmenter
 from sam3_runner.training.evaluate import Question, evaluate
 from sam3_runner.training.scenes import Scene
-from sam3_runner.types import Box, Prompt, Segmentation, SegmentItem, Selection
+from sam3_runner.types import Box, Point, Prompt, Segmentation, SegmentItem, Selection
 
 
 def ask(*texts: str, **selection: Any) -> tuple[Prompt, ...]:
