@@ -190,7 +190,7 @@ NAN = float("nan")
         pytest.param(Prompt(boxes=(Box((1, -9, 5, 0)),)), "outside", id="above it"),
         pytest.param(Prompt(boxes=(Box((0, 0, 1, 1), is_relative=True),)), "in pixels", id="relative"),
         pytest.param(Prompt(boxes=(Box((0, 0, 1, 1)),) * 33), "at most 32 boxes", id="too many"),
-        pytest.param(Prompt(), "neither", id="nothing"),
+        pytest.param(Prompt(), "none of them", id="nothing"),
     ],
 )
 def test_boxes_that_show_nothing_are_refused_and_their_neighbours_are_answered(
