@@ -116,7 +116,7 @@ def test_a_higher_mask_threshold_makes_masks_smaller(demo: Segmenter, scenes: li
     "prompt", [Prompt(points=(Point((3, 3)),)), Prompt("circle", points=(Point((1, 9)),))]
 )
 def test_what_the_checkpoint_cannot_read_is_refused(demo: Segmenter, prompt: Prompt) -> None:
-    with pytest.raises(UnsupportedPrompt, match="words or boxes"):
+    with pytest.raises(UnsupportedPrompt, match="no interactive head"):
         demo.segment(np.zeros((10, 10, 3), np.uint8), [prompt])
 
 
@@ -192,7 +192,7 @@ NAN = float("nan")
         pytest.param(Prompt(boxes=(Box((1, -9, 5, 0)),)), "outside", id="above it"),
         pytest.param(Prompt(boxes=(Box((0, 0, 1, 1), is_relative=True),)), "in pixels", id="relative"),
         pytest.param(Prompt(boxes=(Box((0, 0, 1, 1)),) * 33), "at most 32 boxes", id="too many"),
-        pytest.param(Prompt(), "neither", id="nothing"),
+        pytest.param(Prompt(), "none of them", id="nothing"),
     ],
 )
 def test_boxes_that_show_nothing_are_refused_and_their_neighbours_are_answered(
