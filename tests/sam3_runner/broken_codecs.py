@@ -86,7 +86,7 @@ def talk_nonsense() -> None:
 
 def answer_unasked() -> None:
     def answer() -> None:
-        time.sleep(0.02)
+        time.sleep(0.5)  # after the answer, on a busy machine too
         for child in _children():
             child._channel.send(decoder.REPLY.pack(0, decoder.Outcome.DONE, 0, 64, 96))
 

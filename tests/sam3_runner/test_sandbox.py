@@ -311,7 +311,7 @@ class TestCodecsGoneWrong:
         if not is_idle:
             naps = [sandbox.open_for_model(ordered(KINDS["one_pixel"].make(), "nap"), SIDE) for _ in range(2)]
             assert [image.size_hw for image in await asyncio.gather(*naps)] == [(1, 1), (1, 1)]
-        await until(lambda: len(decoders(sandbox)) == 2 and set(decoders(sandbox)) != before, 5)
+        await until(lambda: len(decoders(sandbox)) == 2 and set(decoders(sandbox)) != before)
 
     async def test_memory_that_a_child_shares_cannot_be_made_shorter(self, sandbox: ImageSandbox) -> None:
         with pytest.raises(RuntimeError, match="PermissionError"):
