@@ -296,6 +296,7 @@ function showChips() {
   byId("suggestions").hidden = !state.isSample || left.length === 0;
   const suggest = (text) => make("button", { type: "button", data: { key: text }, on: { click: () => addPrompt(text) } }, text);
   replaceKeepingFocus(byId("suggestions"), "Try ", ...left.map(suggest));
+  byId("prompt").placeholder = state.prompts.length ? "something else" : "What to find, such as red circle";
   showHint();
 }
 
@@ -313,7 +314,7 @@ function chip(prompt) {
   dot.style.background = cssOf(prompt.colour);
   return make(
     "li",
-    { class: `chip ${prompt.status}`, data: { label: prompt.label } },
+    { class: "chip", data: { label: prompt.label, status: prompt.status } },
     make(
       "button",
       {
@@ -337,10 +338,12 @@ function chip(prompt) {
 function showHint() {
   const hint = byId("hint");
   hint.hidden = state.size === null;
-  if (state.current === null) {
-    hint.textContent = "Drag a box round an example to find all that is like it; with Shift, round what is not meant.";
-  } else {
+  if (state.current !== null) {
     hint.textContent = `Boxes go to “${state.current.label}”. Press it again to begin another.`;
+  } else if (matchMedia("(pointer: coarse)").matches) {
+    hint.textContent = "Press “Like this”, then drag a box round an example to find all that is like it.";
+  } else {
+    hint.textContent = "Drag a box round an example to find all that is like it; with Shift, round what is not meant.";
   }
 }
 

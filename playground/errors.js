@@ -22,6 +22,7 @@ const ADVICE = {
   TASK_NOT_FOUND: "This service works on rows that exist already: the page cannot make one. Use a service without Supabase.",
 };
 const COUNTED_DOWN = new Set([429, 503]);
+const FINAL = new Set([413, 415, 422]); // the same again would fail the same
 
 /**
  * A card for one error.
@@ -35,13 +36,14 @@ const COUNTED_DOWN = new Set([429, 503]);
  */
 export function errorCard(error, { about, onRetry, isRepeatable }) {
   const advice = ADVICE[error.code] ?? (error.status >= 500 ? AGAIN : null);
+  const mayHelp = onRetry !== null && !FINAL.has(error.status);
   const countdown = make("span", { class: "countdown" });
   const card = make(
     "article",
     { class: "error", role: "alert", data: { code: error.code } },
     make("h3", {}, about),
     make("p", { class: "error-message" }, error.message),
-    details(error.details),
+    details(error.details.filter(({ message }) => message !== error.message)),
     advice === null ? null : make("p", { class: "error-advice" }, advice),
     make(
       "p",
@@ -50,7 +52,7 @@ export function errorCard(error, { about, onRetry, isRepeatable }) {
       error.requestId === null ? null : requestId(error.requestId),
     ),
   );
-  if (onRetry === null) return { element: card, stop() {} };
+  if (!mayHelp) return { element: card, stop() {} };
   const again = make("button", { type: "button", on: { click: onRetry } }, "Try again");
   card.append(make("p", { class: "actions" }, again, countdown));
   const counts = isRepeatable && COUNTED_DOWN.has(error.status) && error.retryAfterS !== null;
@@ -58,7 +60,7 @@ export function errorCard(error, { about, onRetry, isRepeatable }) {
 }
 
 function details(list) {
-  if (!list?.length) return null;
+  if (list.length === 0) return null;
   const rows = list.map(({ field, message }) => make("li", {}, make("code", {}, field), ` ${message}`));
   return make("ul", { class: "error-details" }, ...rows);
 }

@@ -1,6 +1,8 @@
 /** What can be saved. Only what is above the threshold is in it. */
 import { colourTable, InstanceMap, paint } from "./painter.js";
 
+const LINES_MADE_FOR_PX = 1200; // on a larger picture lines are wider
+
 /**
  * A COCO document of one picture, with run-length masks and scores.
  *
@@ -39,7 +41,8 @@ export function cocoDocument(fileName, size, found) {
 export async function drawPng({ width, height }, picture, instances, { view, threshold }) {
   const canvas = Object.assign(document.createElement("canvas"), { width, height });
   const context = canvas.getContext("2d");
-  paint(context, new InstanceMap(width, height, instances), colourTable(instances, { view, threshold }), { view, picture });
+  const map = new InstanceMap(width, height, instances, Math.max(width, height) / LINES_MADE_FOR_PX);
+  paint(context, map, colourTable(map, { view, threshold }), { view, picture });
   if (view === "overlay" && picture !== null) {
     context.globalCompositeOperation = "destination-over";
     context.drawImage(picture, 0, 0, width, height);

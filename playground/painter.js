@@ -15,12 +15,13 @@ import { paintMask } from "./rle.js";
  * @property {[number, number, number]} ownColour
  */
 
-// A pixel's place in its instance: the two lowest bits of what the map holds; the others are the instance's number.
-const INSIDE = 0;
-const OUTLINE = 1; // the outermost pixels
-const INLINE = 2; // the ones behind them
+// What the map holds of a pixel: the instance's number, from 1 on, and in the lowest bits how far inside it the pixel is:
+// 1 is the outermost, 0 is farther in than any line. So there can be 8,191 instances.
+const DEPTH_BITS = 3;
+const DEPTHS = 1 << DEPTH_BITS;
 
-const FILL_ALPHA = 0.45;
+const FILL_ALPHA = 0.48;
+const DIMMED_ALPHA = 0.26;
 const WHITE = [255, 255, 255];
 
 /** Which instance each pixel shows, at one size. */
@@ -29,8 +30,9 @@ export class InstanceMap {
    * @param {number} width of the drawing, in its own pixels
    * @param {number} height
    * @param {Instance[]} instances in any order
+   * @param {number} density of the drawing: how many of its pixels a line of one is wide
    */
-  constructor(width, height, instances) {
+  constructor(width, height, instances, density = 1) {
     this.width = width;
     this.height = height;
     this.instances = instances;
@@ -38,16 +40,20 @@ export class InstanceMap {
     const worstFirst = instances.map((_, index) => index).sort((a, b) => instances[a].score - instances[b].score);
     for (const index of worstFirst) {
       const { ends, sizeHw } = instances[index];
-      paintMask(this._cells, width, height, ends, sizeHw, (index + 1) << 2);
+      paintMask(this._cells, width, height, ends, sizeHw, (index + 1) << DEPTH_BITS);
     }
-    this._mark(OUTLINE, (cell, other) => cell >> 2 !== other >> 2);
-    this._mark(INLINE, (cell, other) => (other & 3) === OUTLINE);
+    this.outlineDepth = Math.min(3, Math.max(1, Math.round(1.2 * density))); // white, for any photo
+    this.lineDepth = Math.min(DEPTHS - 1, this.outlineDepth + Math.max(1, Math.round(1.6 * density))); // coloured
+    this._mark(1, (cell, other) => cell >> DEPTH_BITS !== other >> DEPTH_BITS);
+    for (let depth = 2; depth <= this.lineDepth; depth++) {
+      this._mark(depth, (cell, other) => (other & (DEPTHS - 1)) === depth - 1);
+    }
   }
 
   /** The instance at a pixel that is drawn there above the threshold, or null. */
   at(x, y, threshold) {
     if (x < 0 || y < 0 || x >= this.width || y >= this.height) return null;
-    const instance = this.instances[(this._cells[y * this.width + x] >> 2) - 1];
+    const instance = this.instances[(this._cells[y * this.width + x] >> DEPTH_BITS) - 1];
     return instance !== undefined && instance.score > threshold ? instance : null;
   }
 
@@ -62,18 +68,18 @@ export class InstanceMap {
     for (let i = 0; i < cells.length; i++) pixels[i] = table[cells[i]];
   }
 
-  _mark(kind, isAtEdge) {
+  _mark(depth, isAtEdge) {
     const { width, height, _cells: cells } = this;
     for (let y = 0, at = 0; y < height; y++) {
       for (let x = 0; x < width; x++, at++) {
         const cell = cells[at];
-        if (cell === 0 || cell & 3) continue;
+        if (cell === 0 || cell & (DEPTHS - 1)) continue;
         const touches =
           (x > 0 && isAtEdge(cell, cells[at - 1])) ||
           (x + 1 < width && isAtEdge(cell, cells[at + 1])) ||
           (y > 0 && isAtEdge(cell, cells[at - width])) ||
           (y + 1 < height && isAtEdge(cell, cells[at + width]));
-        if (touches) cells[at] = cell | kind;
+        if (touches) cells[at] = cell | depth;
       }
     }
   }
@@ -82,33 +88,32 @@ export class InstanceMap {
 /**
  * The colour of everything that a map can hold.
  *
- * @param {Instance[]} instances of the map
+ * @param {InstanceMap} map
  * @param {object} how
  * @param {"overlay"|"instances"|"cutout"|"mask"} how.view
  * @param {number} how.threshold
  * @param {Instance|null} [how.lit] the one that stands out
  * @param {(instance: Instance) => number} [how.glow] 1 when it has just come, 0 when it is settled
- * @returns {Uint32Array} four for each instance, after four for none
+ * @returns {Uint32Array} of every depth of every instance, after those of none
  */
-export function colourTable(instances, { view, threshold, lit = null, glow = () => 0 }) {
-  const table = new Uint32Array(4 * (instances.length + 1));
+export function colourTable(map, { view, threshold, lit = null, glow = () => 0 }) {
+  const table = new Uint32Array(DEPTHS * (map.instances.length + 1));
   if (view === "mask") table.fill(rgba([0, 0, 0], 1));
-  instances.forEach((instance, index) => {
+  map.instances.forEach((instance, index) => {
     if (!(instance.score > threshold)) return;
     const isDimmed = lit !== null && lit !== instance;
-    const at = 4 * (index + 1);
+    const shine = glow(instance);
+    const colours = table.subarray(DEPTHS * (index + 1), DEPTHS * (index + 2));
     if (view === "cutout" || view === "mask") {
-      table.fill(rgba(WHITE, isDimmed ? 0.3 : 1), at, at + 4);
+      colours.fill(rgba(WHITE, isDimmed ? 0.3 : 1));
     } else if (view === "instances") {
-      const colour = mix(instance.ownColour, WHITE, 0.5 * glow(instance));
-      table.fill(rgba(colour, isDimmed ? 0.3 : 1), at, at + 4);
-      table[at + OUTLINE] = rgba(WHITE, isDimmed ? 0.3 : 1);
+      colours.fill(rgba(mix(instance.ownColour, WHITE, 0.5 * shine), isDimmed ? 0.35 : 1));
+      colours.fill(rgba(WHITE, isDimmed ? 0.35 : 1), 1, map.outlineDepth + 1);
     } else {
-      const shine = glow(instance);
-      const alpha = isDimmed ? 0.16 : lit === instance ? 0.68 : FILL_ALPHA + 0.45 * shine;
-      table[at + INSIDE] = rgba(mix(instance.promptColour, WHITE, 0.6 * shine), alpha);
-      table[at + OUTLINE] = rgba(WHITE, isDimmed ? 0.4 : 0.95);
-      table[at + INLINE] = rgba(mix(instance.promptColour, [0, 0, 0], 0.25), isDimmed ? 0.4 : 1);
+      const alpha = isDimmed ? DIMMED_ALPHA : lit === instance ? 0.7 : FILL_ALPHA + 0.45 * shine;
+      colours.fill(rgba(mix(instance.promptColour, WHITE, 0.6 * shine), alpha));
+      colours.fill(rgba(instance.promptColour, isDimmed ? 0.6 : 1), 1, map.lineDepth + 1);
+      colours.fill(rgba(WHITE, isDimmed ? 0.6 : 0.95), 1, map.outlineDepth + 1);
     }
   });
   return table;

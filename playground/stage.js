@@ -3,7 +3,7 @@ import { colourTable, InstanceMap, paint } from "./painter.js";
 
 // More would not be seen, and would make the slider slow.
 const MAX_DRAWN_PIXELS = 2_500_000;
-const MAX_HEIGHT_SHARE = 0.72; // of the window
+const MAX_HEIGHT_SHARE = 0.76; // of the window
 const MIN_HEIGHT_PX = 220;
 const GLOW_MS = 900;
 
@@ -81,7 +81,7 @@ export class Stage {
     const drawnHeight = Math.max(1, Math.round((shown * density * height) / width));
     if (drawnWidth === this._drawn?.width && drawnHeight === this._drawn.height && this._picture === this._drawn.picture)
       return;
-    this._drawn = { width: drawnWidth, height: drawnHeight, picture: this._picture };
+    this._drawn = { width: drawnWidth, height: drawnHeight, density, picture: this._picture };
     for (const canvas of [this._photo, this._overlay]) Object.assign(canvas, { width: drawnWidth, height: drawnHeight });
     if (this._picture !== null) {
       const context = this._photo.getContext("2d");
@@ -94,7 +94,8 @@ export class Stage {
 
   _rebuild() {
     if (this._drawn === undefined) return;
-    this._map = new InstanceMap(this._drawn.width, this._drawn.height, this._instances);
+    const { width, height, density } = this._drawn;
+    this._map = new InstanceMap(width, height, this._instances, density);
     this._request();
   }
 
@@ -110,7 +111,8 @@ export class Stage {
   _draw() {
     if (this._map === undefined) return;
     const began = performance.now();
-    const table = colourTable(this._instances, { ...this._how, glow: (instance) => this._glow(instance, began) });
+    for (const [instance, arrived] of this._arrivals) if (began - arrived > GLOW_MS) this._arrivals.delete(instance);
+    const table = colourTable(this._map, { ...this._how, glow: (instance) => this._glow(instance, began) });
     const picture = this._picture === null ? null : this._photo;
     paint(this._context, this._map, table, { view: this._how.view, picture, image: this._image });
     performance.clearMeasures("draw"); // one is kept: the last
@@ -120,10 +122,6 @@ export class Stage {
 
   _glow(instance, now) {
     const arrived = this._arrivals.get(instance);
-    if (arrived === undefined) return 0;
-    const left = 1 - (now - arrived) / GLOW_MS;
-    if (left > 0) return left * left;
-    this._arrivals.delete(instance);
-    return 0;
+    return arrived === undefined ? 0 : Math.max(0, 1 - (now - arrived) / GLOW_MS) ** 2;
   }
 }

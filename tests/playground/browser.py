@@ -24,7 +24,8 @@ ARGUMENTS = (
 )
 _VIOLATIONS = """
     window.violations = [];
-    addEventListener('securitypolicyviolation', (event) => violations.push(`${event.violatedDirective} ${event.blockedURI}`));
+    addEventListener("securitypolicyviolation", ({ violatedDirective, blockedURI }) =>
+        violations.push(`${violatedDirective} ${blockedURI}`));
 """
 
 
@@ -93,11 +94,11 @@ class Watched:
     def __init__(self, browser: Browser, url: str, **options: Any) -> None:
         self._url = url
         self._context = browser.new_context(**options)
-        self._context.set_default_timeout(60_000)
+        self._context.set_default_timeout(30_000)
         self.page: Page = self._context.new_page()
         self.requests: list[Request] = []
         self._errors: list[str] = []
-        self.page.on("request", self.requests.append)
+        self.page.on("request", lambda request: self.requests.append(request))
         self.page.on("pageerror", lambda error: self._errors.append(str(error)))
         self.page.add_init_script(_VIOLATIONS)
 

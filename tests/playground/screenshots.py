@@ -29,14 +29,14 @@ COLOURS = 256
 
 def take(browser: Browser, url: str, path: Path, prompts: tuple[str, ...], **options: Any) -> None:
     """Open the sample, ask, and save what is seen."""
-    context = browser.new_context(**{"viewport": WIDE, "device_scale_factor": 1.5, **options})
+    context = browser.new_context(**{"viewport": WIDE, "device_scale_factor": 1.25, **options})
     page = context.new_page()
     page.goto(url)
     page.locator("#sample").click()
     for prompt in prompts:
         page.locator("#prompt").fill(prompt)
         page.keyboard.press("Enter")
-        page.locator(f'.chip[data-label="{prompt}"]:not(.asking):not(.idle)').wait_for()
+        page.locator(f'.chip[data-label="{prompt}"]:is([data-status=done], [data-status=error])').wait_for()
     page.wait_for_timeout(SHINE_MS)
     point_at(page)
     save(page.screenshot(), path)
@@ -54,7 +54,7 @@ def point_at(page: Page) -> None:
 def save(png: bytes, path: Path) -> None:
     """With a palette: a third of the size, and nobody sees it."""
     image = Image.open(io.BytesIO(png)).convert("RGB")
-    image.quantize(COLOURS, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
+    image.quantize(COLOURS, kmeans=1, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"{path}: {path.stat().st_size // 1000} kB")
 
 
