@@ -22,10 +22,13 @@ ARGUMENTS = (
     *("--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync", "--no-proxy-server"),
 )
-_VIOLATIONS = """
+# What the page must not do is kept, and how often it drew is counted.
+_OBSERVERS = """
     window.violations = [];
     addEventListener("securitypolicyviolation", ({ violatedDirective, blockedURI }) =>
         violations.push(`${violatedDirective} ${blockedURI}`));
+    window.draws = 0;
+    new PerformanceObserver((list) => (draws += list.getEntriesByName("draw").length)).observe({ type: "measure" });
 """
 
 
@@ -100,7 +103,7 @@ class Watched:
         self._errors: list[str] = []
         self.page.on("request", lambda request: self.requests.append(request))
         self.page.on("pageerror", lambda error: self._errors.append(str(error)))
-        self.page.add_init_script(_VIOLATIONS)
+        self.page.add_init_script(_OBSERVERS)
 
     def open(self) -> Watched:
         """Go to the playground and wait until its script has begun."""

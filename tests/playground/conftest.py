@@ -12,6 +12,9 @@ from tests.playground.browser import NoChromium, Watched, running_browser
 
 OpenPage = Callable[..., Watched]
 
+# Without motion nothing has to be waited for.
+USUAL = {"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce"}
+
 
 # Not of the session: while Playwright's loop is there, no other test of the process could run a loop of its own.
 @pytest.fixture(scope="module")
@@ -29,7 +32,7 @@ def open_page(browser: Browser, page_url: str) -> Iterator[OpenPage]:
     opened: list[Watched] = []
 
     def open_one(**options: Any) -> Watched:
-        watched = Watched(browser, page_url, **{"viewport": {"width": 1280, "height": 900}, **options})
+        watched = Watched(browser, page_url, **{**USUAL, **options})
         opened.append(watched)
         return watched.open()
 
