@@ -70,7 +70,7 @@ function storePicture(file) {
   const store = () => {
     showError("picture", null);
     state.source = api.upload(file, `playground/${newUuid()}${ending}`);
-    state.source.catch((error) => showError("picture", error, { about: "The picture", onRetry: store }));
+    state.source.catch((error) => showError("picture", error, { about: "The picture was not stored", onRetry: store }));
     askAll();
   };
   store();
@@ -272,7 +272,7 @@ function fail(prompt, error) {
     prompt.repeats++;
     ask(prompt, { isAgain: true });
   };
-  showError(prompt.id, error, { about: prompt.label, onRetry: again, isRepeatable });
+  showError(prompt.id, error, { about: `“${prompt.label}” was not answered`, onRetry: again, isRepeatable });
   showAll();
 }
 
@@ -617,6 +617,7 @@ function listenForKey() {
 }
 
 async function start() {
+  showChips();
   listenForKey();
   listenForPictures();
   listenForPrompts();

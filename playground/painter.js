@@ -21,7 +21,7 @@ const DEPTH_BITS = 3;
 const DEPTHS = 1 << DEPTH_BITS;
 
 const FILL_ALPHA = 0.48;
-const DIMMED_ALPHA = 0.26;
+const DIMMED_ALPHA = 0.34;
 const WHITE = [255, 255, 255];
 
 /** Which instance each pixel shows, at one size. */
@@ -112,8 +112,8 @@ export function colourTable(map, { view, threshold, lit = null, glow = () => 0 }
     } else {
       const alpha = isDimmed ? DIMMED_ALPHA : lit === instance ? 0.7 : FILL_ALPHA + 0.45 * shine;
       colours.fill(rgba(mix(instance.promptColour, WHITE, 0.6 * shine), alpha));
-      colours.fill(rgba(instance.promptColour, isDimmed ? 0.6 : 1), 1, map.lineDepth + 1);
-      colours.fill(rgba(WHITE, isDimmed ? 0.6 : 0.95), 1, map.outlineDepth + 1);
+      colours.fill(rgba(instance.promptColour, isDimmed ? 0.75 : 1), 1, map.lineDepth + 1);
+      colours.fill(rgba(WHITE, isDimmed ? 0.75 : 0.95), 1, map.outlineDepth + 1);
     }
   });
   return table;

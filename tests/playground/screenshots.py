@@ -24,7 +24,7 @@ PROMPTS = ("red circle", "blue square", "green star", "yellow ring")
 SHINE_MS = 1200  # what has come lights up; a picture is taken of what stays
 WIDE = {"width": 1280, "height": 860}
 NARROW = {"width": 390, "height": 1290}
-COLOURS = 256
+COLOURS = 176
 
 
 def take(browser: Browser, url: str, path: Path, prompts: tuple[str, ...], **options: Any) -> None:
