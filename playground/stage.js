@@ -2,7 +2,7 @@
 import { colourTable, InstanceMap, paint } from "./painter.js";
 
 // More would not be seen, and would make the slider slow.
-const MAX_DRAWN_PIXELS = 2_500_000;
+const MAX_DRAWN_PIXELS = 1_800_000;
 const MAX_HEIGHT_SHARE = 0.76; // of the window
 const MIN_HEIGHT_PX = 220;
 const GLOW_MS = 900;

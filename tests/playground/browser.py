@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import subprocess
@@ -125,3 +126,12 @@ class Watched:
     def calls(self, path: str) -> list[Request]:
         """Requests to one path."""
         return [request for request in self.requests if urlsplit(request.url).path == path]
+
+    def bodies(self, path: str) -> list[dict[str, Any]]:
+        """What was sent to one path."""
+        return [json.loads(request.post_data or "null") for request in self.calls(path)]
+
+    def answers(self, path: str) -> list[dict[str, Any]]:
+        """What was answered there, to all that is answered by now."""
+        responses = [request.response() for request in self.calls(path)]
+        return [json.loads(response.text()) for response in responses if response is not None]

@@ -22,6 +22,7 @@ from api.readiness import RunnerWatch
 from examples.draw_shapes import SHAPES_JPG
 from sam3_runner.checkpoint import DEMO_CHECKPOINT
 from sam3_runner.text import PromptChecker
+from sam3_runner.types import ModelInfo
 from tests.conftest import free_port, wait_until
 from tests.playground.conftest import OpenPage
 
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.timeout(600)  # Chromium may have to be installed
 PREDICT = "/api/v1/predict"
 
 
-async def nothing_is_loaded() -> None:
+async def nothing_is_loaded() -> ModelInfo:
     raise ConnectionError
 
 
@@ -91,13 +92,13 @@ def test_it_asks_for_a_key_of_the_bucket_and_counts_down_while_the_model_loads(o
     card = page.locator(".error[data-code=MODEL_NOT_READY]")
     expect(card.locator(".countdown")).to_have_text("again in 1 s")
     asked = watched.calls(PREDICT)[0]
-    assert asked.post_data_json["image_url"] == "uploads/desk.jpg"
+    assert watched.bodies(PREDICT)[0]["image_url"] == "uploads/desk.jpg"
     wait_seconds = int(asked.response().headers["retry-after"])  # type: ignore[union-attr]
     page.wait_for_function(
         "() => performance.getEntriesByType('resource').filter(({ name }) => name.endsWith('/predict')).length > 1"
     )
     again = watched.calls(PREDICT)[1]
-    assert again.post_data_json == asked.post_data_json  # the same task
+    assert again.post_data == asked.post_data  # the same task
     assert again.timing["startTime"] - asked.timing["startTime"] >= wait_seconds * 1000 - 300
 
 
