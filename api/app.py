@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from api import metrics
+from api import metrics, playground
 from api.backend import Backend
 from api.errors import (
     BodyTooLarge,
@@ -124,6 +124,14 @@ async def _metrics(request: Request, backend: Backend, record: RequestRecord) ->
 
 async def _docs(request: Request, backend: Backend, record: RequestRecord) -> Response:
     return Response(request.app.state.document, media_type="application/json")
+
+
+async def _playground(request: Request, backend: Backend, record: RequestRecord) -> Response:
+    return playground.page(backend.settings.r2_public_url)
+
+
+async def _playground_file(request: Request, backend: Backend, record: RequestRecord) -> Response:
+    return playground.file(request.path_params["file"], backend.settings.r2_public_url)
 
 
 async def _model_info(request: Request, backend: Backend, record: RequestRecord) -> Response:
@@ -382,6 +390,8 @@ _HANDLERS: dict[str, Handler] = {
     "health": _health,
     "metrics": _metrics,
     "docs": _docs,
+    "playground": _playground,
+    "playground_file": _playground_file,
     "predict": _predict,
     "predict_batch": _predict_batch,
     "model_info": _model_info,

@@ -94,6 +94,15 @@ ROUTES: tuple[RouteSpec, ...] = (
     ),
     RouteSpec("GET", "/metrics", "metrics", "Prometheus metrics", response_types=("text/plain",)),
     RouteSpec("GET", "/docs.json", "docs", "This document"),
+    RouteSpec("GET", "/", "playground", "A page to try the API by hand", response_types=("text/html",)),
+    RouteSpec(
+        "GET",
+        "/playground/{file}",
+        "playground_file",
+        "What that page is made of",
+        errors=("INTERNAL_ERROR", "NOT_FOUND"),
+        response_types=("text/css", "text/javascript", "image/svg+xml", "image/jpeg"),
+    ),
     RouteSpec(
         "POST",
         "/api/v1/predict",
