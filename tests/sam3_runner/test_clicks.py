@@ -23,6 +23,7 @@ from sam3_runner.clicks import (
     ClickAnswer,
     ClickHead,
     ClickModel,
+    clicks_to_tensors,
     fill_holes,
     tight_box,
 )
@@ -274,6 +275,12 @@ def test_a_mask_is_the_logits_filled_upsampled_and_cut_where_it_was_asked(
         expected = F.interpolate(logits[None, None], size_hw, mode="bilinear")[0, 0] > 0
         assert np.count_nonzero(decode_mask(found.masks[0]) != expected.numpy()) <= 2  # rounding
         assert expected.any()
+
+
+def test_pixels_become_shares_of_the_images_width_and_height() -> None:
+    places, kinds = clicks_to_tensors([Point((30, 5)), Point((15, 20), is_positive=False)], (20, 60), CPU)
+    assert places.tolist() == [[0.5, 0.25], [0.25, 1.0]]
+    assert kinds.tolist() == [True, False]
 
 
 def test_clicks_are_told_in_pixels_of_the_image(segmenter: Segmenter, scenes: list[Scene]) -> None:
