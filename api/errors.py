@@ -195,6 +195,11 @@ FAULTS: dict[type[BaseException], Fault] = {
     task_errors.TaskConflict: Fault(409, "TASK_CONFLICT"),
     task_errors.TaskStoreUnavailable: Fault(502, "TASK_STORE_UNAVAILABLE", _TASKS_DOWN),
     task_errors.TaskStoreTimeout: Fault(504, "TASK_STORE_TIMEOUT", "The task table did not answer in time."),
+    task_errors.TaskRowRefused: Fault(
+        502,
+        "TASK_STORE_UNAVAILABLE",
+        "The task table refuses what the row of this task would say. Sending it again will not help.",
+    ),
     task_errors.JournalUnavailable: _NO_JOURNAL,
     task_errors.JournalTooNew: _NO_JOURNAL,
     task_errors.BacklogFull: Fault(429, "OVERLOADED", retry_after_s=5),

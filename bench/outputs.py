@@ -23,7 +23,6 @@ from importlib import import_module
 from pathlib import Path
 from statistics import median
 
-import cv2
 import numpy as np
 import torch
 
@@ -183,13 +182,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--peak", choices=[PHOTO, *KINDS], help="print one call's peak memory in MB")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    cv2.setNumThreads(1)
     if options.peak:
         print(own_peak_mb(options.peak, options.counts[0]))
         return 0
-    seen = conditions(
-        "opencv-python-headless", "shapely", "pillow", "simplejpeg", "numpy", rounds=options.rounds
-    )
+    seen = conditions("shapely", "manimgx-fonts-cjk", "pillow", "simplejpeg", "numpy", rounds=options.rounds)
     rows: list[Row] = []
     for name in options.names:
         for count in [0] if name == PHOTO else options.counts:

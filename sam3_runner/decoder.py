@@ -41,6 +41,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from sam3_runner import tags
 from sam3_runner.drawing import Found
 from sam3_runner.errors import (
     ImageTooLarge,
@@ -411,10 +412,10 @@ def _confine(memory_bytes: int) -> bool:
 
 
 def _libraries() -> set[str]:
-    """Where Python looks for a module that is imported late."""
+    """Where Python looks for a module that is imported late; and fonts."""
     named = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     installed = {path for path in sys.path if path.endswith("-packages")}
-    return named | installed | {str(Path(__file__).parent), "/usr/lib", "/lib", "/lib64"}
+    return named | installed | {str(Path(__file__).parent), "/usr/lib", "/lib", "/lib64", str(tags.FONTS_DIR)}
 
 
 def _mapped_bytes(field: str) -> int:

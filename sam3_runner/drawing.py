@@ -11,11 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from sam3_runner import palette, rle, tags
+from sam3_runner.images import Rectangle
 from sam3_runner.types import RunLengthMask, Segmentation
 
 _FILL_OPACITY: Final = 0.4
 _STRIP_ROWS: Final = 256  # blended at a time: what is in between never has the photo's size
 
+Pixels = npt.NDArray[np.uint8]
+Numbers = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 Found = Sequence[tuple[str, Segmentation]]  # label and instances of each prompt, in order
 
 
@@ -60,7 +63,7 @@ def numbered(found: Found, size_hw: tuple[int, int]) -> list[Instance]:
 
 def number_map(
     instances: Sequence[Instance], size_hw: tuple[int, int]
-) -> tuple[npt.NDArray[np.uint8] | npt.NDArray[np.uint16], dict[int, tuple[int, int, int, int]]]:
+) -> tuple[Numbers, dict[int, Rectangle]]:
     """Which instance each pixel shows: where several are, the one that scored best.
 
     Returns:
@@ -84,12 +87,13 @@ def best_first(instances: Sequence[Instance]) -> list[Instance]:
     return sorted(instances, key=lambda instance: -instance.score)
 
 
-def draw_overlay(pixels: npt.NDArray[np.uint8], instances: Sequence[Instance]) -> npt.NDArray[np.uint8]:
+def draw_overlay(pixels: Pixels, instances: Sequence[Instance]) -> Pixels:
     """Lay the instances over the photo: a tint, a line around each, and a tag with label and score.
 
     The line is double, a bright colour's outer half black and a dark one's white, so that it is seen on any photo.
-    Where masks overlap, the best one is seen. A tag says `#3 0.97` (number and score) if no font at hand has all
-    characters of the label or if it would be wider than the photo, and is left out if that is, too.
+    Where masks overlap, the best one is seen. A tag says `#3 0.97` (number and score) if the font has not all
+    characters of the label or if it would be wider than half of the photo, then `#3`; it is left out if that is
+    too wide, too, or higher than a third of the photo.
 
     Args:
         pixels: (H, W, 3) RGB. Left as they are.
@@ -104,7 +108,7 @@ def draw_overlay(pixels: npt.NDArray[np.uint8], instances: Sequence[Instance]) -
         return drawn
     colors = palette.colors(len(instances))
     contrasts = palette.contrasting(colors)
-    line_px = max(1, round(max(height, width) / 900))
+    line_px = max(1, round(max(height, width) / 500))
     x0, y0 = (min(box[side] for box in boxes.values()) for side in (0, 1))
     x1, y1 = (max(box[side] for box in boxes.values()) for side in (2, 3))
     for top in range(y0, y1, _STRIP_ROWS):
@@ -116,45 +120,48 @@ def draw_overlay(pixels: npt.NDArray[np.uint8], instances: Sequence[Instance]) -
     return drawn
 
 
-def _tint(
-    drawn: npt.NDArray[np.uint8],
-    numbers: npt.NDArray[np.uint8] | npt.NDArray[np.uint16],
-    colors: npt.NDArray[np.uint8],
-) -> None:
-    import cv2  # 30 MB that a process which draws nothing need not have
-
-    tinted = cv2.addWeighted(drawn, 1 - _FILL_OPACITY, colors[numbers], _FILL_OPACITY, 0)
-    np.copyto(drawn, tinted, where=(numbers > 0)[:, :, None])
+def _tint(drawn: Pixels, numbers: Numbers, colors: Pixels) -> None:
+    share = round(256 * _FILL_OPACITY)
+    weighted = colors.astype(np.uint16) * np.uint16(share) + np.uint16(128)
+    tinted = (drawn * np.uint16(256 - share) + weighted[numbers]) >> 8
+    np.copyto(drawn, tinted, casting="unsafe", where=(numbers > 0)[:, :, None])
 
 
 def _outline(
-    drawn: npt.NDArray[np.uint8],
-    numbers: npt.NDArray[np.uint8] | npt.NDArray[np.uint16],
-    strip: tuple[slice, slice],
-    line_px: int,
-    colors: npt.NDArray[np.uint8],
+    drawn: Pixels, numbers: Numbers, strip: tuple[slice, slice], line_px: int, colors: Pixels
 ) -> None:
     """Colour those pixels of instances from which another number, or none, is at most `line_px` away."""
-    import cv2
-
     rows, columns = strip
     top, left = max(0, rows.start - line_px), max(0, columns.start - line_px)
     around = numbers[top : rows.stop + line_px, left : columns.stop + line_px]
-    kernel = np.ones((2 * line_px + 1,) * 2, np.uint8)
-    differs = cv2.dilate(around, kernel) != cv2.erode(around, kernel)
-    inner = np.s_[rows.start - top :, columns.start - left :]
+    height, width = around.shape
+    # Whether a pixel differs from its right or its lower neighbour, behind `line_px` of nothing.
+    edges = np.zeros((height + line_px, width + line_px), bool)
+    edges[line_px:, line_px:-1] = around[:, 1:] != around[:, :-1]
+    edges[line_px:-1, line_px:] |= around[1:] != around[:-1]
+    _spread(edges, 2 * line_px)
     own = numbers[strip]
-    height, width = own.shape
-    on_line = np.nonzero(differs[inner][:height, :width] & (own > 0))
+    near = edges[rows.start - top :, columns.start - left :][: own.shape[0], : own.shape[1]]
+    on_line = np.nonzero(near & (own > 0))
     drawn[on_line] = colors[own[on_line]]
 
 
+def _spread(marks: npt.NDArray[np.bool_], reach: int) -> None:
+    """Mark each place that has a mark less than `reach` to the right and below, in as few steps as that has bits."""
+    for along in (marks, marks.T):
+        seen = 1
+        while seen < reach:
+            step = min(seen, reach - seen)
+            along[:-step] |= along[step:]
+            seen += step
+
+
 def _draw_tags(
-    drawn: npt.NDArray[np.uint8],
+    drawn: Pixels,
     instances: Sequence[Instance],
-    boxes: dict[int, tuple[int, int, int, int]],
-    colors: npt.NDArray[np.uint8],
-    contrasts: npt.NDArray[np.uint8],
+    boxes: dict[int, Rectangle],
+    colors: Pixels,
+    contrasts: Pixels,
 ) -> None:
     height, width = drawn.shape[:2]
     font_px = _font_px(height, width, len(boxes))
@@ -162,8 +169,8 @@ def _draw_tags(
     for instance in instances:
         score = f"{instance.score:.2f}"
         texts = (f"{instance.label} {score}", f"#{instance.number} {score}", f"#{instance.number}")
-        ink = tags.written(texts, font_px, width) if instance.number in boxes else None
-        if ink is not None and ink.shape[0] <= height:
+        ink = tags.written(texts, font_px, width // 2) if instance.number in boxes else None
+        if ink is not None and ink.shape[0] <= height // 3:
             inks.append((instance.number, ink))
     corners = tags.placed(
         [boxes[number] for number, _ in inks], [ink.shape[::-1] for _, ink in inks], (width, height)

@@ -126,18 +126,20 @@ class Region:
         height, width = size_hw
         sides = (width, height, width, height)
         if not all(map(math.isfinite, self.xyxy)):
-            raise InvalidRegion(f"Expected four finite numbers for the region, got {list(self.xyxy)}.")
+            raise InvalidRegion(f"Expected four finite numbers for the region, got {self._told()}.")
         edges = [at * side if self.is_relative else at for at, side in zip(self.xyxy, sides, strict=True)]
         # 0.7 · 10 is 7.000000000000001: no reason to take the eighth pixel too.
         edges = [min(max(0.0, round(at, 6)), side) for at, side in zip(edges, sides, strict=True)]
         left, top, right, bottom = edges
         if left >= right or top >= bottom:
             raise InvalidRegion(
-                f"The region {list(self.xyxy)} ({'relative' if self.is_relative else 'px'}) has no area inside the "
-                f"image of {width}×{height} pixels. Expected left < right and top < bottom, and a part of the image "
-                "between them."
+                f"The region {self._told()} has no area inside the image of {width}×{height} pixels. "
+                "Expected left < right and top < bottom, and a part of the image between them."
             )
         return math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
+
+    def _told(self) -> str:
+        return f"[{', '.join(f'{at:g}' for at in self.xyxy)}] ({'relative' if self.is_relative else 'px'})"
 
 
 Rectangle = tuple[int, int, int, int]

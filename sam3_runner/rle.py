@@ -94,6 +94,24 @@ def column_intervals(
     return columns, tops, ends - columns * (rle.size_hw[0] + 1)
 
 
+def outline(rle: RunLengthMask) -> npt.NDArray[np.int64]:
+    """The mask's border as straight lines between corners of pixels.
+
+    Returns:
+        (E, 2, 2) in [x, y]: every line is as long as it can be, but ends where four of them meet.
+    """
+    height, width = rle.size_hw
+    own = odd_ones(np.sort(np.stack(_intervals_by_column(rle)).ravel()))
+    # Between two columns is a border where the edges of both, taken together, open and close. Where one of the left
+    # column and one of the right come together on it, two pixels touch at a corner: there one line ends, one begins.
+    upright = np.sort(np.concatenate((own, own + height + 1))).reshape(-1, 2)  # x·(H + 1) + y
+    upright = upright[upright[:, 0] < upright[:, 1]]
+    x, y = np.divmod(upright, height + 1)
+    # And a level line begins and ends where an upright one does.
+    y_level, x_level = np.divmod(np.sort((y * (width + 1) + x).ravel()).reshape(-1, 2), width + 1)
+    return np.concatenate((np.stack((x, y), axis=-1), np.stack((x_level, y_level), axis=-1)))
+
+
 def row_edges(rle: RunLengthMask) -> npt.NDArray[np.int64]:
     """Where the mask changes when it is read row by row; costs its outline, not its area.
 

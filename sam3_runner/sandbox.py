@@ -60,9 +60,7 @@ _INLINE_BYTES: Final = 1 << 18  # copied and hashed sooner than a thread wakes u
 _PASSED_ON: Final = ("PATH", "LD_LIBRARY_PATH", "LANG")
 _TEMPLATE_ENV: Final = {
     # One image takes one core; and a process that has threads cannot be forked whole.
-    **dict.fromkeys(
-        ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OPENCV_FOR_THREADS_NUM"), "1"
-    ),
+    **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
     "MALLOC_ARENA_MAX": "2",
     "CUDA_VISIBLE_DEVICES": "",
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -13,6 +15,16 @@ from PIL import Image, ImageDraw, ImageFont
 _MISSING: Final = (
     "\U0010ffff"  # a place in Unicode that stays empty: drawn as the sign for what a font does not have
 )
+# Fonts of Debian's packages fonts-noto-cjk (the container has it) and fonts-dejavu-core, and which face of the file.
+# 1 of Noto's: where countries draw a character differently, Korea's way.
+FONTS_DIR: Final = Path("/usr/share/fonts")
+SYSTEM_FONTS: Final = (
+    (FONTS_DIR / "opentype" / "noto" / "NotoSansCJK-Regular.ttc", 1),
+    (FONTS_DIR / "truetype" / "dejavu" / "DejaVuSans.ttf", 0),
+)
+# Shares of the font's size, which hold capitals with accents and Hangul in all of them.
+_ASCENT: Final = 1.0
+_LINE_HEIGHT: Final = 1.3
 
 Font = ImageFont.FreeTypeFont
 
@@ -23,32 +35,34 @@ def written(texts: Sequence[str], font_px: int, max_width_px: int) -> npt.NDArra
     Returns:
         (h, w), 0 to 255: how much of each pixel is ink, with a margin around. None if there is no such text.
     """
+    fonts = _fonts(font_px)
     for text in texts:
-        font = next((font for font in _fonts(font_px) if _has_all_of(font, text)), None)
-        if font is None:
-            continue
-        ink = _ink(text, font, font_px)
-        if ink.shape[1] <= max_width_px:
-            return ink
+        font = next((font for font in fonts if _has_all_of(font, text)), None)
+        if font is not None:
+            ink = _ink(text, font, font_px)
+            if ink.shape[1] <= max_width_px:
+                return ink
     return None
 
 
 def _ink(text: str, font: Font, font_px: int) -> npt.NDArray[np.uint8]:
     """With a margin around it; all tags of one font size have one height."""
     pad = max(2, font_px // 4)
-    ascent, descent = font.getmetrics()
     left, _, right, _ = font.getbbox(text)
-    image = Image.new("L", (round(right - left) + 2 * pad, ascent + descent + pad))
-    ImageDraw.Draw(image).text((pad - left, pad // 2), text, fill=255, font=font)
+    height = math.ceil(_LINE_HEIGHT * font_px) + pad
+    image = Image.new("L", (math.ceil(right - left) + 2 * pad, height))
+    baseline = pad // 2 + round(_ASCENT * font_px)
+    ImageDraw.Draw(image).text((pad - left, baseline), text, fill=255, font=font, anchor="ls")
     return np.asarray(image)
 
 
 @lru_cache(maxsize=8)
 def _fonts(font_px: int) -> tuple[Font, ...]:
-    """In the order in which they are asked."""
-    default = ImageFont.load_default(font_px)
-    assert isinstance(default, ImageFont.FreeTypeFont)
-    return (default,)
+    """Pillow's own, for Latin, and what the system has of those that know more."""
+    latin = ImageFont.load_default(font_px)
+    assert isinstance(latin, ImageFont.FreeTypeFont)
+    more = ((path, index) for path, index in SYSTEM_FONTS if path.exists())
+    return (latin, *(ImageFont.truetype(str(path), font_px, index) for path, index in more))
 
 
 @lru_cache(maxsize=4096)

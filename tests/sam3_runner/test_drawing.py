@@ -10,6 +10,7 @@ from sam3_runner.drawing import draw_overlay, numbered
 from tests.sam3_runner.found_instances import disc, many, segmentation
 
 SIZE = (120, 160)
+NOTO, DEJAVU = (path for path, _ in tags.SYSTEM_FONTS)
 LEFT, RIGHT = disc(SIZE, 60, 40, 25), disc(SIZE, 60, 120, 25)
 
 
@@ -85,13 +86,24 @@ class TestTags:
             shown = tags.written([label, "#3 0.97"], 12, 200)
             assert shown is not None and np.array_equal(shown, plain)
 
+    @pytest.mark.parametrize("label", ["cat", "Äpfel", "빨간 사과", "赤いリンゴ", "红苹果", "яблоко", "μήλο"])
+    def test_labels_are_written_in_their_own_letters_if_a_font_has_them(self, label: str) -> None:
+        shown, other = tags.written([label, "#3"], 16, 300), tags.written([label[::-1], "#3"], 16, 300)
+        number = tags.written(["#3"], 16, 300)
+        assert shown is not None and other is not None and number is not None
+        if label in ("cat", "Äpfel") or NOTO.exists():
+            assert shown.shape[1] > 20 and shown.max() == 255
+            assert not np.array_equal(shown, other)  # it is the letters themselves, in this order
+        else:
+            assert np.array_equal(shown, number) or (label.isalpha() and DEJAVU.exists())
+
     def test_one_that_is_too_wide_gives_way_too(self) -> None:
         assert tags.written(["a very long label 0.97"], 12, 50) is None
         shown = tags.written(["a very long label 0.97", "#3"], 12, 50)
         assert shown is not None and shown.shape[1] <= 50
 
     def test_every_tag_of_a_size_is_of_one_height(self) -> None:
-        inks = [tags.written([text], 14, 500) for text in ("cat 0.5", "ÄÇgjpq 0.97", "...")]
+        inks = [tags.written([text], 14, 500) for text in ("cat 0.5", "ÄÇgjpq 0.97", "빨간")]
         assert len({ink.shape[0] for ink in inks if ink is not None}) == 1
 
     def test_they_do_not_hide_each_other_where_there_is_room(self) -> None:
@@ -109,7 +121,7 @@ class TestTags:
         size_hw = (16, 60)
         image = np.zeros((*size_hw, 3), np.uint8)
         masks = [np.ones(size_hw, bool)] * 5
-        assert np.array_equal(overlay(image, masks, "x"), overlay(image, masks[:1], "x"))
+        assert np.array_equal(overlay(image, masks, "x")[:, :30], overlay(image, masks[:1], "x")[:, :30])
 
     def test_the_first_place_is_on_the_upper_edge_of_the_box(self) -> None:
         assert tags.placed([(50, 40, 90, 80)], [(30, 10)], (200, 100)) == [(50, 30)]

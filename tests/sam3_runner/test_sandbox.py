@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import psutil
@@ -215,7 +216,7 @@ class TestSameAsInThisProcess:
 
 
 class TestOutputs:
-    found = [
+    found: ClassVar = [
         ("a", segmentation([disc((64, 96), 30, 30, 20), disc((64, 96), 30, 60, 20)])),
         ("나무", segmentation([])),
     ]

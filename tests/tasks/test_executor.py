@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
+import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
@@ -29,18 +31,21 @@ from tasks.errors import (
     BacklogFull,
     InvalidTaskId,
     JournalUnavailable,
+    NotOurTask,
     TaskConflict,
     TaskFailed,
     TaskGaveUp,
     TaskNotFound,
+    TaskRowRefused,
     WorkerStops,
 )
 from tasks.executor import COUNTED_FOR_S, MAX_ATTEMPTS, TaskExecutor
 from tasks.job import Job, job_record
 from tasks.journal import ACCEPTED, COMPUTED, DONE, ERROR, Journal
+from tasks.journal_file import database_of
 from tasks.pipeline import STAGES, runner_error
 from tasks.store import TaskRow
-from tests.servers.postgrest import PostgrestStandIn
+from tests.servers.postgrest import PostgrestStandIn, refusing
 from tests.servers.s3 import S3Server
 from tests.tasks.colour_runner import failed
 from tests.tasks.world import (
@@ -279,6 +284,38 @@ async def test_the_error_is_raised_though_its_row_cannot_be_written_yet_and_the_
     row = await until_status(world, job, "error")
     assert row.metadata["error"]["code"] == "ConnectionError"
     assert "fail" in world.counts.retries
+    await world.assert_it_still_works()
+
+
+# Rows that refuse for good
+
+
+async def test_a_row_that_refuses_the_result_says_so_and_the_task_is_not_tried_for_ever(
+    world: World, dsn: str
+) -> None:
+    job = world.job()
+    with refusing(dsn, job.task_id, "status <> 'done'"):
+        with pytest.raises(TaskRowRefused):
+            await world.run(job)
+        row = await world.row(job)
+        assert (row.status, row.metadata["error"]["code"]) == ("error", "TaskRowRefused")
+        await until_done_in(world.journal, job, ERROR)
+    assert world.counts.retries == []
+    assert (await world.run(job)).labels == ("red",)  # asked for again, when the table has changed
+
+
+async def test_a_row_that_refuses_everything_ends_in_the_journal_and_the_log_says_why(
+    world: World, dsn: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = world.job()
+    with refusing(dsn, job.task_id, "status = 'pending'"):
+        await world.executor().submit(job)
+        await until_done_in(world.journal, job, ERROR)
+        assert (await world.row(job)).status == "pending"
+    (said,) = [record for record in caplog.records if record.message == "the row takes no error"]
+    assert said.__dict__["task_id"] == job.task_id
+    assert "23514" in said.__dict__["reason"]
+    assert world.runner.calls == []
     await world.assert_it_still_works()
 
 
@@ -728,6 +765,139 @@ async def test_what_does_not_end_in_the_grace_period_goes_on_elsewhere(
     async with another_process(embedded, tmp_path) as other:
         other.start()
         await until_status(embedded, job, "done")
+
+
+async def test_a_task_that_is_taken_over_has_the_time_that_it_had_left(
+    embedded: World, tmp_path: Path
+) -> None:
+    job = embedded.job()
+    embedded.runner.before = forever
+    await embedded.executor(max_running=0).submit(job)  # it waits for its turn
+    await die(embedded)
+    with sqlite3.connect(database_of(tmp_path / "journal")) as connection:
+        long_ago = "update entries set accepted_at = accepted_at - 59, deadline_at = deadline_at - 59"
+        connection.execute(long_ago)
+    connection.close()
+    began_s = time.monotonic()
+    async with another_process(embedded, tmp_path) as other:
+        other.start()
+        row = await until_status(embedded, job, "error")
+    assert row.metadata["error"]["code"] == "TimeoutError"
+    assert time.monotonic() - began_s < 30  # of the 60 it had 1 left
+
+
+# What the disk holds before something else happens
+
+
+async def test_the_image_is_loaded_while_a_task_is_accepted_and_nothing_else_happens(
+    embedded: World,
+) -> None:
+    gate, loaded = asyncio.Event(), asyncio.Event()
+
+    async def accept_late() -> None:
+        await gate.wait()
+
+    async def note() -> None:
+        loaded.set()
+
+    late: Any = Watched(embedded.journal, accept=accept_late)
+    job = embedded.job()
+    executor = embedded.executor(journal=late, store=Watched(embedded.store, get=note))
+    running = asyncio.create_task(embedded.run(job, executor))
+    await asyncio.wait_for(loaded.wait(), 60)
+    await asyncio.sleep(0.2)
+    assert await embedded.tasks.get(job.task_id) is None
+    assert embedded.runner.calls == []
+    gate.set()
+    assert (await running).labels == ("red",)
+    assert (await executor.look(job.task_id)).attempts == 1
+
+
+@pytest.mark.parametrize("image", ["picture", "missing"])
+async def test_a_task_that_is_not_accepted_leaves_nothing_behind(embedded: World, image: str) -> None:
+    loaded = asyncio.Event()
+
+    async def note() -> None:
+        loaded.set()
+
+    async def refuse() -> None:
+        await asyncio.wait_for(loaded.wait(), 60)
+        await asyncio.sleep(0.05)
+        raise JournalUnavailable("no space is left on the journal's disk")
+
+    full: Any = Watched(embedded.journal, accept=refuse)
+    job = embedded.job(image_url=f"uploads/{image}.png")
+    before = asyncio.all_tasks()
+    executor = embedded.executor(journal=full, store=Watched(embedded.store, get=note))
+    with pytest.raises(JournalUnavailable):
+        await embedded.run(job, executor)
+    await until_true(lambda: asyncio.all_tasks() <= before)
+    assert await embedded.tasks.get(job.task_id) is None
+    assert embedded.counts.ends == []
+    assert embedded.runner.calls == []
+
+
+async def test_masks_are_uploaded_while_the_result_is_stored_and_the_row_waits_for_both(
+    embedded: World,
+) -> None:
+    gate, uploaded = asyncio.Event(), asyncio.Event()
+
+    async def store_late() -> None:
+        await gate.wait()
+
+    class Uploaded(Watched):
+        async def put(self, *arguments: Any) -> None:
+            await embedded.store.put(*arguments)
+            uploaded.set()
+
+    late: Any = Watched(embedded.journal, compute=store_late)
+    job = embedded.job()
+    store: Any = Uploaded(embedded.store)
+    running = asyncio.create_task(embedded.run(job, embedded.executor(journal=late, store=store)))
+    await asyncio.wait_for(uploaded.wait(), 60)
+    await asyncio.sleep(0.2)
+    assert (await embedded.row(job)).status == "processing"
+    gate.set()
+    await running
+    assert (await embedded.row(job)).status == "done"
+
+
+async def test_a_result_of_a_task_that_is_another_s_by_now_is_not_delivered(embedded: World) -> None:
+    async def lose() -> None:
+        entry = await embedded.journal.get(job.task_id)
+        assert entry is not None
+        await embedded.journal.release([entry])
+
+    job = embedded.job()
+    embedded.runner.before = lose
+    with pytest.raises(NotOurTask):
+        await embedded.run(job)
+    assert (await embedded.row(job)).status == "processing"
+
+
+async def test_the_stages_of_every_task_are_told_once(embedded: World, tmp_path: Path) -> None:
+    job = embedded.job()
+    first = embedded.executor(store=Watched(embedded.store, put=forever))
+    await first.submit(job)
+
+    async def is_computed() -> bool:
+        entry = await embedded.journal.get(job.task_id)
+        return entry is not None and entry.state == COMPUTED
+
+    await until(is_computed, "its result is stored")
+    await die(embedded)
+    assert embedded.counts.stages == []
+    async with another_process(embedded, tmp_path) as other:
+        other.start()
+        await until_status(embedded, job, "done")
+        await until_true(lambda: embedded.counts.ends == ["done"])
+        await embedded.run(job, other)  # answered from the record
+        (told,) = embedded.counts.stages
+        assert all(told[stage] > 0 for stage in ("download", "infer", "encode", "upload", "row_update"))
+        with pytest.raises(ObjectNotFound):
+            await embedded.run(embedded.job(image_url="uploads/missing.png"), other)
+        await until_true(lambda: embedded.counts.ends == ["done", "error"])
+        assert embedded.counts.stages[1]["download"] > 0 == embedded.counts.stages[1]["infer"]
 
 
 # A journal that fails in between

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -115,13 +115,15 @@ class Counts:
 
     retries: list[str] = field(default_factory=list)
     ends: list[str] = field(default_factory=list)
+    stages: list[Mapping[str, float]] = field(default_factory=list)
     takeovers: int = 0
 
     def retried(self, step: str) -> None:
         self.retries.append(step)
 
-    def ended(self, outcome: str) -> None:
+    def ended(self, outcome: str, stage_ms: Mapping[str, float]) -> None:
         self.ends.append(outcome)
+        self.stages.append(dict(stage_ms))
 
     def taken_over(self) -> None:
         self.takeovers += 1
@@ -234,8 +236,8 @@ class Watched:
         if name not in self._before:
             return method
 
-        async def call(*arguments: Any) -> Any:
+        async def call(*arguments: Any, **named: Any) -> Any:
             await self._before[name]()
-            return await method(*arguments)
+            return await method(*arguments, **named)
 
         return call
