@@ -23,7 +23,7 @@ RESULT = Path(__file__).parent / "results" / "parity-clicks.md"
 # Of the mask for several clicks: it is stable and taken, or is not.
 GAINS = (30.0, 0.1)
 HEAD = (
-    "| gain | image | clicks | mask taken | the same | score | mask logit | pixels that differ | largest logit there |\n"
+    "| gain | image | clicks | mask taken | the same | score | mask logit | pixels that differ | logit there |\n"
     "|---|---|---|---|---|---|---|---|---|"
 )
 
@@ -64,7 +64,7 @@ def conditions(options: argparse.Namespace) -> str:
     """What was compared, and where."""
     return f"""\
 Largest differences from `SAM3InteractiveImagePredictor` of Meta's package on the same random weights, images and
-clicks, float32, a CPU, {options.threads} threads. Mask 0 is the one for several clicks, 1 to 3 are those that one click
+clicks, float32, a CPU, threads: {options.threads}. Mask 0 is the one for several clicks, 1 to 3 are those that one click
 chooses from; the gain is a factor of the first one's logits, by which it is stable or not.
 
 Allowed: score {SCORE_TOLERANCE:g}, mask logit {MASK_LOGIT_TOLERANCE:g}, the same mask taken, and no pixel that differs
