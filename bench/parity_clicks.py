@@ -64,8 +64,8 @@ def conditions(options: argparse.Namespace) -> str:
     """What was compared, and where."""
     return f"""\
 Largest differences from `SAM3InteractiveImagePredictor` of Meta's package on the same random weights, images and
-clicks, float32, a CPU, threads: {options.threads}. Mask 0 is the one for several clicks, 1 to 3 are those that one click
-chooses from; the gain is a factor of the first one's logits, by which it is stable or not.
+clicks, float32, a CPU, threads: {options.threads}. Mask 0 is the one for several clicks, 1 to 3 are those that one
+click chooses from; the gain is a factor of the first one's logits, by which it is stable or not.
 
 Allowed: score {SCORE_TOLERANCE:g}, mask logit {MASK_LOGIT_TOLERANCE:g}, the same mask taken, and no pixel that differs
 where Meta's logit, with holes filled and upsampled in float64, is further from 0 than that.
