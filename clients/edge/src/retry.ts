@@ -5,7 +5,7 @@ export interface RetryPolicy {
   /** The first pause is half of this to all of it; each further one may be twice as long. */
   readonly firstPauseMs: number;
   readonly maxPauseMs: number;
-  /** All attempts and the pauses between them end within this time. */
+  /** All attempts and the pauses between them end within this time; a repeat has at least `firstPauseMs` of it. */
   readonly giveUpAfterMs: number;
 }
 
@@ -37,12 +37,15 @@ export async function retrying<T>(
   const endsAt = Date.now() + policy.giveUpAfterMs;
   for (let attempt = 0; ; attempt++) {
     try {
-      return await call(Math.max(1, endsAt - Date.now()));
+      return await call(endsAt - Date.now());
     } catch (error) {
       if (!(error instanceof ClientError && error.mayPass)) throw error;
       const pause = pauseMs(attempt, error.retryAfterMs, policy);
-      if (Date.now() + pause >= endsAt) throw error;
+      // An attempt without the time to succeed would only hide why the last one failed.
+      const latest = endsAt - policy.firstPauseMs;
+      if (Date.now() + pause >= latest) throw error;
       await sleep(pause, signal);
+      if (Date.now() >= latest) throw error;
     }
   }
 }

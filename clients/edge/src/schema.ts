@@ -195,13 +195,49 @@ export interface components {
              */
             readonly task_id: string;
             /**
+             * @description The model sees only this part of the image, at its full resolution.
+             * @default null
+             */
+            readonly region?: components["schemas"]["Rectangle"] | null;
+            /**
              * Score Threshold
              * @description Instances that score above it are kept.
              * @default 0.5
              */
             readonly score_threshold?: number;
+            /**
+             * Mask Threshold
+             * @description The probability above which a pixel belongs to a mask.
+             * @default 0.5
+             */
+            readonly mask_threshold?: number;
+            /**
+             * Max Instances
+             * @default null
+             */
+            readonly max_instances?: number | null;
+            /**
+             * Nms Iou
+             * @default null
+             */
+            readonly nms_iou?: number | null;
+            /**
+             * Outputs
+             * @description What is made of the instances; the mask, and run lengths, if not given.
+             * @default null
+             */
+            readonly outputs?: [
+                "mask" | "instance_map" | "overlay" | "cutout" | "rle" | "polygons" | "boxes" | "coco",
+                ...("mask" | "instance_map" | "overlay" | "cutout" | "rle" | "polygons" | "boxes" | "coco")[]
+            ] | null;
+            /**
+             * Polygon Tolerance Px
+             * @description How far a polygon may be from its outline.
+             * @default 1
+             */
+            readonly polygon_tolerance_px?: number;
             /** Prompts */
-            readonly prompts: readonly string[];
+            readonly prompts: readonly (string | components["schemas"]["PromptObject"])[];
         };
         /**
          * BatchResponse
@@ -216,9 +252,73 @@ export interface components {
             readonly total_inference_time_ms: number;
             /**
              * Mask Url
-             * @description Union over all prompts; also what the row gets.
+             * @description Union over all prompts; also what the row gets. Null if `outputs` is without.
              */
-            readonly mask_url: string;
+            readonly mask_url: string | null;
+            /**
+             * Outputs
+             * @description Those that were asked for, over all prompts.
+             * @default null
+             */
+            readonly outputs?: {
+                readonly [key: string]: components["schemas"]["StoredOutput"];
+            } | null;
+        };
+        /**
+         * BoxExemplar
+         * @description Marks something that is like what is wanted, or is not.
+         */
+        readonly BoxExemplar: {
+            /**
+             * Xyxy
+             * @description [x0, y0, x1, y1], origin top left, x0 < x1 and y0 < y1.
+             */
+            readonly xyxy: [
+                number,
+                number,
+                number,
+                number
+            ];
+            /**
+             * Unit
+             * @description Pixels of the upright image, or shares of its width and height.
+             * @default px
+             * @enum {string}
+             */
+            readonly unit?: "px" | "relative";
+            /**
+             * Label
+             * @default positive
+             * @enum {string}
+             */
+            readonly label?: "positive" | "negative";
+        };
+        /**
+         * Click
+         * @description Marks the one object that is wanted, or what is not part of it.
+         */
+        readonly Click: {
+            /**
+             * Xy
+             * @description [x, y], origin top left.
+             */
+            readonly xy: [
+                number,
+                number
+            ];
+            /**
+             * Label
+             * @description 1: on the object; 0: beside it.
+             * @default 1
+             */
+            readonly label?: number;
+            /**
+             * Unit
+             * @description Pixels of the upright image, or shares of its width and height.
+             * @default px
+             * @enum {string}
+             */
+            readonly unit?: "px" | "relative";
         };
         /**
          * CocoMask
@@ -358,7 +458,8 @@ export interface components {
             ];
             /** Area Px */
             readonly area_px: number;
-            readonly mask_rle: components["schemas"]["CocoMask"];
+            /** @description Null if `outputs` is without `rle`. */
+            readonly mask_rle: components["schemas"]["CocoMask"] | null;
         };
         /**
          * JournalHealth
@@ -414,7 +515,7 @@ export interface components {
         };
         /**
          * PredictRequest
-         * @description Find every instance of one concept in one image.
+         * @description Find every instance of one concept in one image, or one object.
          */
         readonly PredictRequest: {
             /**
@@ -433,16 +534,64 @@ export interface components {
              */
             readonly task_id: string;
             /**
+             * @description The model sees only this part of the image, at its full resolution.
+             * @default null
+             */
+            readonly region?: components["schemas"]["Rectangle"] | null;
+            /**
              * Score Threshold
              * @description Instances that score above it are kept.
              * @default 0.5
              */
             readonly score_threshold?: number;
             /**
-             * Text Prompt
-             * @description A concept in words, such as `red circle`; every instance of it is found.
+             * Mask Threshold
+             * @description The probability above which a pixel belongs to a mask.
+             * @default 0.5
              */
-            readonly text_prompt: string;
+            readonly mask_threshold?: number;
+            /**
+             * Max Instances
+             * @default null
+             */
+            readonly max_instances?: number | null;
+            /**
+             * Nms Iou
+             * @default null
+             */
+            readonly nms_iou?: number | null;
+            /**
+             * Outputs
+             * @description What is made of the instances; the mask, and run lengths, if not given.
+             * @default null
+             */
+            readonly outputs?: [
+                "mask" | "instance_map" | "overlay" | "cutout" | "rle" | "polygons" | "boxes" | "coco",
+                ...("mask" | "instance_map" | "overlay" | "cutout" | "rle" | "polygons" | "boxes" | "coco")[]
+            ] | null;
+            /**
+             * Polygon Tolerance Px
+             * @description How far a polygon may be from its outline.
+             * @default 1
+             */
+            readonly polygon_tolerance_px?: number;
+            /**
+             * Text Prompt
+             * @default null
+             */
+            readonly text_prompt?: string | null;
+            /**
+             * Boxes
+             * @description Exemplars: find all that is like the positive ones and not like the negative ones.
+             * @default null
+             */
+            readonly boxes?: readonly components["schemas"]["BoxExemplar"][] | null;
+            /**
+             * Points
+             * @description One object by clicks; without text and boxes.
+             * @default null
+             */
+            readonly points?: readonly components["schemas"]["Click"][] | null;
         };
         /**
          * PredictResponse
@@ -453,12 +602,12 @@ export interface components {
             readonly task_id: string;
             /**
              * Mask Url
-             * @description Union of the instances: a PNG of 0 and 255 of the image's size.
+             * @description Union of the instances: a PNG of 0 and 255 of the image's size. Null if `outputs` is without.
              */
-            readonly mask_url: string;
+            readonly mask_url: string | null;
             /**
              * Labels
-             * @description `[text_prompt]` if anything was found, else `[]`.
+             * @description `[text_prompt]` if anything was found, else `[]`; `object` for what has no words.
              */
             readonly labels: readonly string[];
             /** Inference Time Ms */
@@ -468,8 +617,11 @@ export interface components {
              * @description The best instance's score; 0 if none.
              */
             readonly confidence: number;
-            /** Text Prompt */
-            readonly text_prompt: string;
+            /**
+             * Text Prompt
+             * @description Null for a prompt without words.
+             */
+            readonly text_prompt: string | null;
             /** Instances */
             readonly instances: readonly components["schemas"]["Instance"][];
             readonly image_size: components["schemas"]["ImageSize"];
@@ -477,6 +629,104 @@ export interface components {
             readonly score_threshold: number;
             readonly timings_ms: components["schemas"]["Timings"];
             readonly model: components["schemas"]["ModelName"];
+            /**
+             * Outputs
+             * @description Those that were asked for.
+             * @default null
+             */
+            readonly outputs?: {
+                readonly [key: string]: components["schemas"]["StoredOutput"];
+            } | null;
+        };
+        /**
+         * PromptObject
+         * @description What to look for: a concept in words, by exemplars, or both; or one object, by clicks.
+         */
+        readonly PromptObject: {
+            /**
+             * Text Prompt
+             * @default null
+             */
+            readonly text_prompt?: string | null;
+            /**
+             * Boxes
+             * @description Exemplars: find all that is like the positive ones and not like the negative ones.
+             * @default null
+             */
+            readonly boxes?: readonly components["schemas"]["BoxExemplar"][] | null;
+            /**
+             * Points
+             * @description One object by clicks; without text and boxes.
+             * @default null
+             */
+            readonly points?: readonly components["schemas"]["Click"][] | null;
+            /**
+             * Score Threshold
+             * @default null
+             */
+            readonly score_threshold?: number | null;
+            /**
+             * Mask Threshold
+             * @default null
+             */
+            readonly mask_threshold?: number | null;
+            /**
+             * Max Instances
+             * @default null
+             */
+            readonly max_instances?: number | null;
+            /**
+             * Nms Iou
+             * @default null
+             */
+            readonly nms_iou?: number | null;
+        };
+        /**
+         * Rectangle
+         * @description A part of the image.
+         */
+        readonly Rectangle: {
+            /**
+             * Xyxy
+             * @description [x0, y0, x1, y1], origin top left, x0 < x1 and y0 < y1.
+             */
+            readonly xyxy: [
+                number,
+                number,
+                number,
+                number
+            ];
+            /**
+             * Unit
+             * @description Pixels of the upright image, or shares of its width and height.
+             * @default px
+             * @enum {string}
+             */
+            readonly unit?: "px" | "relative";
+        };
+        /**
+         * StoredOutput
+         * @description One of the things that are made of the instances.
+         */
+        readonly StoredOutput: {
+            /**
+             * Url
+             * @description Where it is stored.
+             */
+            readonly url: string;
+            /**
+             * Media Type
+             * @description Such as `image/png`.
+             */
+            readonly media_type: string;
+            /**
+             * Inline
+             * @description The document itself, if it is JSON and not large.
+             * @default null
+             */
+            readonly inline?: {
+                readonly [key: string]: unknown;
+            } | null;
         };
         /**
          * TaskError
@@ -564,6 +814,8 @@ export interface components {
 export type AcceptedResponse = components['schemas']['AcceptedResponse'];
 export type BatchRequest = components['schemas']['BatchRequest'];
 export type BatchResponse = components['schemas']['BatchResponse'];
+export type BoxExemplar = components['schemas']['BoxExemplar'];
+export type Click = components['schemas']['Click'];
 export type CocoMask = components['schemas']['CocoMask'];
 export type Dependencies = components['schemas']['Dependencies'];
 export type DependencyHealth = components['schemas']['DependencyHealth'];
@@ -579,6 +831,9 @@ export type ModelInfoResponse = components['schemas']['ModelInfoResponse'];
 export type ModelName = components['schemas']['ModelName'];
 export type PredictRequest = components['schemas']['PredictRequest'];
 export type PredictResponse = components['schemas']['PredictResponse'];
+export type PromptObject = components['schemas']['PromptObject'];
+export type Rectangle = components['schemas']['Rectangle'];
+export type StoredOutput = components['schemas']['StoredOutput'];
 export type TaskError = components['schemas']['TaskError'];
 export type TaskResponse = components['schemas']['TaskResponse'];
 export type Timings = components['schemas']['Timings'];
@@ -1116,7 +1371,7 @@ export interface operations {
                     readonly "application/json": components["schemas"]["ErrorResponse"];
                 };
             };
-            /** @description Unprocessable Entity: `VALIDATION_FAILED`, `INVALID_PROMPT`, `TOO_MANY_PROMPTS`, `FOREIGN_IMAGE_URL`, `UNDECODABLE_IMAGE` */
+            /** @description Unprocessable Entity: `VALIDATION_FAILED`, `INVALID_PROMPT`, `TOO_MANY_PROMPTS`, `UNSUPPORTED_PROMPT`, `INVALID_REGION`, `OUTPUT_TOO_LARGE`, `FOREIGN_IMAGE_URL`, `UNDECODABLE_IMAGE` */
             readonly 422: {
                 headers: {
                     readonly "X-Request-ID"?: string;
@@ -1396,7 +1651,7 @@ export interface operations {
                     readonly "application/json": components["schemas"]["ErrorResponse"];
                 };
             };
-            /** @description Unprocessable Entity: `VALIDATION_FAILED`, `INVALID_PROMPT`, `TOO_MANY_PROMPTS`, `FOREIGN_IMAGE_URL`, `UNDECODABLE_IMAGE` */
+            /** @description Unprocessable Entity: `VALIDATION_FAILED`, `INVALID_PROMPT`, `TOO_MANY_PROMPTS`, `UNSUPPORTED_PROMPT`, `INVALID_REGION`, `OUTPUT_TOO_LARGE`, `FOREIGN_IMAGE_URL`, `UNDECODABLE_IMAGE` */
             readonly 422: {
                 headers: {
                     readonly "X-Request-ID"?: string;

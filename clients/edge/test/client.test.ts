@@ -21,6 +21,8 @@ import { broken, error, half, hungUp, json, Scripted, type Step, silence, text }
 const REQUEST: Predict = { image_url: "uploads/desk.jpg", text_prompt: "red circle", user_id: "user-1" };
 const RESULT = { task_id: "task-1", mask_url: "https://images.example.com/masks/task-1.png", labels: ["red circle"] };
 const UUID = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/;
+/** Half a second, of which the last tenth is too short for an attempt. */
+const SOON = { firstPauseMs: 50, maxPauseMs: 50, giveUpAfterMs: 500 };
 const ok = json(200, RESULT);
 
 function clientOf(server: { url: string }, options: Partial<ClientOptions> = {}): SegmentClient {
@@ -206,7 +208,7 @@ describe("the end of trying", () => {
   it("comes in time, with the last failure", async () => {
     await using server = await Scripted.start(error(503, "MODEL_NOT_READY"));
     const began = performance.now();
-    const caught = await thrown(clientOf(server, { retry: { giveUpAfterMs: 300 } }).predict(REQUEST), ServiceError);
+    const caught = await thrown(clientOf(server, { retry: SOON }).predict(REQUEST), ServiceError);
     assert.equal(caught.code, "MODEL_NOT_READY");
     assert.ok(caught.mayPass);
     assert.ok(server.seen.length > 3);
@@ -229,7 +231,7 @@ describe("the end of trying", () => {
 
   it("says that nobody answered", async () => {
     await using server = await Scripted.start(hungUp);
-    const caught = await thrown(clientOf(server, { retry: { giveUpAfterMs: 100 } }).health(), ConnectionFailed);
+    const caught = await thrown(clientOf(server, { retry: SOON }).health(), ConnectionFailed);
     assert.ok(caught.cause instanceof Error);
   });
 
