@@ -330,6 +330,17 @@ def test_a_batch_of_images_is_clicked_on_as_each_alone(segmenter: Segmenter, sce
         np.testing.assert_allclose(result.segmentations[0].boxes_xyxy_px, expected.boxes_xyxy_px, atol=1)
 
 
+def test_in_bfloat16_a_click_is_answered_nearly_as_in_float32(
+    segmenter: Segmenter, path: Path, scenes: list[Scene]
+) -> None:
+    compact = Segmenter.from_checkpoint(path, dtype=torch.bfloat16)
+    prompt = click((50, 60), (9, 9, False), mask_threshold=MIDDLE)
+    (exact,), (near,) = (one.segment(scenes[0].image, [prompt]) for one in (segmenter, compact))
+    assert near.scores[0] == pytest.approx(exact.scores[0], abs=0.01)
+    differing = decode_mask(near.masks[0]) != decode_mask(exact.masks[0])
+    assert 0 < differing.mean() < 0.05  # and it was not float32
+
+
 def test_the_next_click_on_an_image_encodes_nothing(
     segmenter: Segmenter, scenes: list[Scene], monkeypatch: pytest.MonkeyPatch
 ) -> None:
