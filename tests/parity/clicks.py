@@ -25,7 +25,6 @@ from sam3_runner.segmenter import Segmenter
 from sam3_runner.text import VOCABULARY_FILE
 from sam3_runner.types import Point, Prompt, Segmentation, SegmentItem, Selection
 from tests.parity.compare import (
-    FULL,
     MASK_LOGIT_TOLERANCE,
     REDUCED,
     SCORE_TOLERANCE,
@@ -39,7 +38,6 @@ from tests.parity.environment import ROOT, bpe_file, meta_python
 Clicks = tuple[tuple[float, float, int], ...]  # x and y in pixels, and 1 on the object or 0 beside it
 
 REDUCED_CLICKS = Size({**REDUCED.meta, "Sam3TrackerPredictor": {"image_size": 672}}, REDUCED.ours)
-FULL_CLICKS = FULL
 LARGEST_LOGIT = (
     32.0  # Meta's predictor cuts off the logits that it hands out, not those that masks are made of
 )

@@ -23,6 +23,7 @@ from sam3_runner.clicks import (
     ClickAnswer,
     ClickHead,
     ClickModel,
+    clicks_to_tensors,
     fill_holes,
     tight_box,
 )
@@ -276,6 +277,12 @@ def test_a_mask_is_the_logits_filled_upsampled_and_cut_where_it_was_asked(
         assert expected.any()
 
 
+def test_pixels_become_shares_of_the_images_width_and_height() -> None:
+    places, kinds = clicks_to_tensors([Point((30, 5)), Point((15, 20), is_positive=False)], (20, 60), CPU)
+    assert places.tolist() == [[0.5, 0.25], [0.25, 1.0]]
+    assert kinds.tolist() == [True, False]
+
+
 def test_clicks_are_told_in_pixels_of_the_image(segmenter: Segmenter, scenes: list[Scene]) -> None:
     scene = scenes[0]
     height, width = scene.image.shape[:2]
@@ -321,6 +328,17 @@ def test_a_batch_of_images_is_clicked_on_as_each_alone(segmenter: Segmenter, sce
         assert result.error is None
         np.testing.assert_allclose(result.segmentations[0].scores, expected.scores, atol=1e-4)
         np.testing.assert_allclose(result.segmentations[0].boxes_xyxy_px, expected.boxes_xyxy_px, atol=1)
+
+
+def test_in_bfloat16_a_click_is_answered_nearly_as_in_float32(
+    segmenter: Segmenter, path: Path, scenes: list[Scene]
+) -> None:
+    compact = Segmenter.from_checkpoint(path, dtype=torch.bfloat16)
+    prompt = click((50, 60), (9, 9, False), mask_threshold=MIDDLE)
+    (exact,), (near,) = (one.segment(scenes[0].image, [prompt]) for one in (segmenter, compact))
+    assert near.scores[0] == pytest.approx(exact.scores[0], abs=0.01)
+    differing = decode_mask(near.masks[0]) != decode_mask(exact.masks[0])
+    assert 0 < differing.mean() < 0.05  # and it was not float32
 
 
 def test_the_next_click_on_an_image_encodes_nothing(
