@@ -171,7 +171,7 @@ class Kept:
 
 def kill(process: psutil.Process) -> None:
     """With -9, if it is still there."""
-    with contextlib.suppress(psutil.NoSuchProcess):
+    with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
         os.kill(process.pid, signal.SIGKILL)
 
 

@@ -68,6 +68,19 @@ def test_the_library_example_prints_three_scores(monkeypatch: pytest.MonkeyPatch
     assert len(re.findall(r"[01]\.\d*", printed.getvalue().split("]")[0])) == 3
 
 
+def test_the_closer_look_comes_with_an_overlay(curl: str, bento_client: httpx.Client, tmp_path: Path) -> None:
+    bento_client.put("/files/uploads/shapes.jpg", content=SHAPES_JPG.read_bytes())
+    (commands,) = (block for block in blocks("README.md", "sh") if "overlay.jpg" in block)
+    script = commands.replace(":8000", f":{bento_client.base_url.port}").replace("curl ", curl)
+    result = subprocess.run(
+        ["sh", "-e"], input=script, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+    assert Image.open(tmp_path / "overlay.jpg").size == (800, 600)
+    answer = json.loads(result.stdout)
+    assert len(answer["instances"]) == 3 and set(answer["outputs"]) == {"mask", "overlay", "coco"}
+
+
 @pytest.mark.parametrize("client", ["S3Client", "SyncHTTPClient"])
 def test_the_examples_of_clients_get_an_answer(
     client: str, bento_client: httpx.Client, monkeypatch: pytest.MonkeyPatch
