@@ -10,6 +10,7 @@ import asyncio
 import mimetypes
 import re
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -42,10 +43,11 @@ from sam3_runner.images import ImageHeader
 from sam3_runner.outputs import KINDS
 from sam3_runner.text import MAX_PROMPTS, PromptChecker
 from sam3_runner.types import ModelInfo, Prompt, Segmentation
-from storage import ObjectNotFound
+from storage import ObjectNotFound, StorageError
 from storage.keys import validate_key
 from tasks.job import Job
-from tasks.pipeline import JobOutcome, PromptOutcome, document
+from tasks.keys import output_key
+from tasks.pipeline import JobOutcome, PromptOutcome
 
 T = TypeVar("T")
 
@@ -169,7 +171,7 @@ async def _do(request: Request, backend: Backend, record: RequestRecord, schema:
             await backend.executor.submit(job)
             return _accepted(job)
         outcome = await _run(request, backend, record, job)
-        return _json(await _in_pool(backend, _answer, job, outcome, record.elapsed_s))
+        return _json(await _answer(backend, job, outcome, record.elapsed_s))
 
 
 async def _read_job(request: Request, backend: Backend, record: RequestRecord, schema: type[RequestT]) -> Job:
@@ -195,7 +197,9 @@ async def _read_job(request: Request, backend: Backend, record: RequestRecord, s
         is_batch=isinstance(asked, BatchRequest),
         region=None if asked.region is None else asked.region.region,
         outputs=None if asked.outputs is None else tuple(dict.fromkeys(asked.outputs)),
-        polygon_tolerance_px=float(asked.polygon_tolerance_px),
+        **(
+            {} if asked.polygon_tolerance_px is None else {"polygon_tolerance_px": asked.polygon_tolerance_px}
+        ),
     )
     try:
         _check_prompts(backend.prompts, asked)
@@ -267,7 +271,7 @@ async def _task(request: Request, backend: Backend, record: RequestRecord) -> Re
     }
     if view.outcome is not None:
         took_s = view.updated_at - view.accepted_at
-        body["result"] = await _in_pool(backend, _answer, view.job, view.outcome, took_s)
+        body["result"] = await _answer(backend, view.job, view.outcome, took_s)
     if view.error is not None:
         body["error"] = {"code": view.error[0], "message": view.error[1]}
     return _json(body)
@@ -282,10 +286,30 @@ async def _in_pool(backend: Backend, call: Callable[..., T], *arguments: Any) ->
     return await asyncio.get_running_loop().run_in_executor(backend.codec_pool, call, *arguments)
 
 
-def _answer(job: Job, outcome: JobOutcome, elapsed_s: float) -> dict[str, Any]:
+async def _documents(backend: Backend, job: Job, outcome: JobOutcome) -> dict[str, bytes]:
+    """The outputs that are JSON and small: as they were just made, or as they are stored."""
+    documents = {}
+    for name in job.others:
+        if not KINDS[name].is_document:
+            continue
+        if name in outcome.documents:
+            documents[name] = outcome.documents[name]
+        else:
+            with suppress(StorageError):  # too large; or away, and then its URL must do
+                key = output_key(job.task_id, KINDS[name].suffix)
+                documents[name] = await backend.store.get(key, MAX_INLINE_BYTES)
+    return {name: data for name, data in documents.items() if len(data) <= MAX_INLINE_BYTES}
+
+
+async def _answer(backend: Backend, job: Job, outcome: JobOutcome, elapsed_s: float) -> dict[str, Any]:
     """The body of predict, or of predict/batch."""
+    documents = await _documents(backend, job, outcome)
+    return await _in_pool(backend, _body, job, outcome, documents, elapsed_s)
+
+
+def _body(job: Job, outcome: JobOutcome, documents: dict[str, bytes], elapsed_s: float) -> dict[str, Any]:
     results = [_result(job, outcome, prompt, elapsed_s) for prompt in outcome.prompts]
-    outputs = {} if job.outputs is None else {"outputs": _outputs(job, outcome)}
+    outputs = {} if job.outputs is None else {"outputs": _outputs(job, outcome, documents)}
     if not job.is_batch:
         return {**results[0], **outputs}
     return {
@@ -297,7 +321,7 @@ def _answer(job: Job, outcome: JobOutcome, elapsed_s: float) -> dict[str, Any]:
     }
 
 
-def _outputs(job: Job, outcome: JobOutcome) -> dict[str, Any]:
+def _outputs(job: Job, outcome: JobOutcome, documents: dict[str, bytes]) -> dict[str, Any]:
     """What was asked for, each with its URL; small documents as they are, too."""
     told: dict[str, Any] = {}
     for name in job.outputs or ():
@@ -305,8 +329,8 @@ def _outputs(job: Job, outcome: JobOutcome) -> dict[str, Any]:
             told[name] = {"url": outcome.mask_url, "media_type": "image/png"}
             continue
         told[name] = {"url": outcome.output_urls[name], "media_type": KINDS[name].media_type}
-        if KINDS[name].is_document and len(data := document(job, outcome, name)) <= MAX_INLINE_BYTES:
-            told[name]["inline"] = orjson.loads(data)
+        if name in documents:
+            told[name]["inline"] = orjson.loads(documents[name])
     return told
 
 

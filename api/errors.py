@@ -158,6 +158,7 @@ FAULTS: dict[type[BaseException], Fault] = {
     runner_errors.UnsupportedPrompt: Fault(422, "UNSUPPORTED_PROMPT"),
     runner_errors.InvalidRegion: Fault(422, "INVALID_REGION"),
     runner_errors.OutputTooLarge: Fault(422, "OUTPUT_TOO_LARGE"),
+    runner_errors.ImageChanged: Fault(409, "IMAGE_CHANGED"),
     runner_errors.ImageError: Fault(422, "UNDECODABLE_IMAGE"),
     runner_errors.UnsupportedImage: Fault(415, "UNSUPPORTED_IMAGE"),
     runner_errors.UndecodableImage: Fault(422, "UNDECODABLE_IMAGE"),

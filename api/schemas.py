@@ -30,7 +30,6 @@ from storage.urls import MAX_URL_CHARS
 
 MAX_MARKS = 32  # boxes, or points, of one prompt
 MAX_INSTANCES = 200  # queries of SAM3: more are never found
-DEFAULT_POLYGON_TOLERANCE_PX = 1.0
 
 # C0, C1 controls and DEL: Postgres cannot store NUL, and no prompt or URL has a use for the others.
 _NO_CONTROLS = r"^[^\x00-\x1f\x7f-\x9f]*$"
@@ -77,6 +76,15 @@ NmsIou = Annotated[
         le=1,
         allow_inf_nan=False,
         description="Of two instances whose masks overlap by more (intersection over union) the better one is kept.",
+    ),
+]
+PolygonTolerance = Annotated[
+    float,
+    Field(
+        ge=0,
+        le=100,
+        allow_inf_nan=False,
+        description="How far a polygon may be from its outline; 1 if not given.",
     ),
 ]
 Unit = Annotated[
@@ -202,7 +210,7 @@ class _Request(_Part):
         Field(description="The model sees only this part of the image, at its full resolution."),
     ] = None
     score_threshold: ScoreThreshold = DEFAULT_SCORE_THRESHOLD
-    mask_threshold: MaskThreshold = DEFAULT_MASK_THRESHOLD
+    mask_threshold: MaskThreshold | None = None
     max_instances: MaxInstances | None = None
     nms_iou: NmsIou | None = None
     outputs: Annotated[
@@ -212,10 +220,7 @@ class _Request(_Part):
             description="What is made of the instances; the mask, and run lengths, if not given.",
         ),
     ] = None
-    polygon_tolerance_px: Annotated[
-        float,
-        Field(ge=0, le=100, allow_inf_nan=False, description="How far a polygon may be from its outline."),
-    ] = DEFAULT_POLYGON_TOLERANCE_PX
+    polygon_tolerance_px: PolygonTolerance | None = None
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Fields that do not fit together, and why."""
@@ -230,9 +235,7 @@ class _Request(_Part):
             score_threshold = 0.0 if is_default else self.score_threshold
         selection = Selection(
             score_threshold=float(score_threshold),
-            mask_threshold=float(
-                self.mask_threshold if asked.mask_threshold is None else asked.mask_threshold
-            ),
+            mask_threshold=_first_of(asked.mask_threshold, self.mask_threshold, DEFAULT_MASK_THRESHOLD),
             max_instances=self.max_instances if asked.max_instances is None else asked.max_instances,
             nms_iou=self.nms_iou if asked.nms_iou is None else asked.nms_iou,
         )
@@ -295,6 +298,11 @@ class BatchRequest(_Request):
         """The name of the field that the words of prompt `index` came in."""
         field = f"prompts.{index}"
         return field if isinstance(self.prompts[index], str) else f"{field}.text_prompt"
+
+
+def _first_of(*values: float | None) -> float:
+    """The first that was given."""
+    return next(float(value) for value in values if value is not None)
 
 
 def _problems_of_prompt(

@@ -6,6 +6,7 @@ RunnerError
 │   ├── TooManyPrompts
 │   ├── UnsupportedPrompt     of a kind that this checkpoint cannot answer
 │   ├── InvalidRegion         nothing of the image lies in it
+│   ├── ImageChanged          another file lies where the image was
 │   ├── OutputTooLarge        takes more time or memory than there is for it
 │   └── ImageError
 │       ├── UnsupportedImage  not a kind of file we read
@@ -39,6 +40,10 @@ class UnsupportedPrompt(InvalidInput):
 
 class InvalidRegion(InvalidInput):
     """A region of an image that has no area, or none inside the image."""
+
+
+class ImageChanged(InvalidInput):
+    """What was segmented is no longer there to be drawn on: another file lies in its place."""
 
 
 class OutputTooLarge(InvalidInput):

@@ -260,6 +260,9 @@ def decode_for_model(
     return _turned(resize_for_model(stored, input_size_px), orientation), size_hw
 
 
+HASH_BYTES: Final = 32  # of a file; what stands behind them is the region
+
+
 def content_hash(data: bytes, region: Region | None = None) -> bytes:
     """What `ModelImage.content_hash` is of a file: its SHA-256, and the region behind it.
 

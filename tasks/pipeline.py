@@ -25,9 +25,9 @@ import numpy as np
 from sam3_runner import errors as runner_errors
 from sam3_runner import rle
 from sam3_runner.drawing import Found
-from sam3_runner.images import ImageLimits, ModelImage, Region
+from sam3_runner.images import HASH_BYTES, ImageLimits, ModelImage, Region, content_hash
 from sam3_runner.masks import encode_png
-from sam3_runner.outputs import KINDS, Order, make_outputs
+from sam3_runner.outputs import KINDS, Order
 from sam3_runner.types import (
     ItemError,
     ModelInfo,
@@ -61,6 +61,7 @@ class Computed:
         model: What segmented it.
         batch_size: How many requests shared the model's batch.
         stage_ms: Milliseconds for each of `STAGES` so far.
+        image_hash: `images.content_hash` of the file; empty in records of before.
     """
 
     image_size_hw: tuple[int, int]
@@ -68,6 +69,7 @@ class Computed:
     model: ModelInfo
     batch_size: int
     stage_ms: dict[str, float]
+    image_hash: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,7 +112,7 @@ class JobOutcome:
         model: What segmented it.
         batch_size: How many requests shared the model's batch.
         output_urls: Where others read the outputs beside the mask, by name.
-        documents: Those of them that are JSON, as far as they are at hand; `document` makes the others.
+        documents: Those of them that are JSON, if they were made just now.
     """
 
     image_size_hw: tuple[int, int]
@@ -244,7 +246,14 @@ class Pipeline:
         image, model = await self._claim_and_load(work, attempt)
         result = await attempt("segment", lambda: self._segment(work, image))
         found = await self._in_pool(_in_whole_image, result.segmentations, image)
-        return Computed(image.size_hw, found, model, result.batch_size, dict(work.clock.stage_ms))
+        return Computed(
+            image.size_hw,
+            found,
+            model,
+            result.batch_size,
+            dict(work.clock.stage_ms),
+            image.content_hash[:HASH_BYTES],
+        )
 
     async def deliver(self, work: Work, computed: Computed, attempt: Attempt = once) -> JobOutcome:
         """Uploads the masks and makes the row `done`.
@@ -375,8 +384,13 @@ class Pipeline:
         """Makes and stores what was asked for beside the mask; the photo is read again if it is drawn on."""
         if not work.job.others:
             return {}
-        order = order_of(work.job)
+        file_name = work.inputs.image_key.rpartition("/")[2]
+        order = Order(work.job.others, work.job.polygon_tolerance_px, file_name)
         photo = await attempt("download", lambda: self._download(work)) if order.needs_pixels else b""
+        if photo and await self._in_pool(content_hash, photo) != computed.image_hash:
+            raise runner_errors.ImageChanged(
+                "Another file was stored at image_url while this task ran; send it again under a new task_id."
+            )
         found = [
             (name_of(prompt), one)
             for prompt, one in zip(work.job.prompts, computed.segmentations, strict=True)
@@ -523,20 +537,6 @@ def _in_whole_image(found: Sequence[Segmentation], image: ModelImage) -> tuple[S
         )
         for one in found
     )
-
-
-def order_of(job: Job, names: tuple[str, ...] | None = None) -> Order:
-    """What is to be made for a job: all outputs beside the mask, or some of them."""
-    file_name = job.image_url.partition("?")[0].rsplit("/", 1)[-1]
-    return Order(job.others if names is None else names, job.polygon_tolerance_px, file_name)
-
-
-def document(job: Job, outcome: JobOutcome, name: str) -> bytes:
-    """An output that is JSON: as it was made, or made again, which takes milliseconds of CPU."""
-    if name not in outcome.documents:
-        found = [(name_of(prompt.prompt), prompt.segmentation) for prompt in outcome.prompts]
-        return make_outputs(order_of(job, (name,)), found, outcome.image_size_hw)[name]
-    return outcome.documents[name]
 
 
 def _encode_union(masks: Sequence[RunLengthMask], size_hw: tuple[int, int]) -> tuple[bytes, float]:

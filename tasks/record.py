@@ -40,6 +40,7 @@ def result_record(computed: Computed) -> bytes:
         "image_size_hw": computed.image_size_hw,
         "model": asdict(computed.model),
         "stage_ms": computed.stage_ms,
+        "image_hash": computed.image_hash.hex(),
     }
     result = SegmentResult(computed.segmentations, batch_size=computed.batch_size)
     text = json.dumps(header).encode()
@@ -65,6 +66,7 @@ def computed_of(record: bytes) -> Computed:
             model=ModelInfo(**header["model"]),
             batch_size=result.batch_size,
             stage_ms=header["stage_ms"],
+            image_hash=bytes.fromhex(header.get("image_hash", "")),
         )
     except (struct.error, zlib.error, WireError, IndexError, KeyError, TypeError, ValueError) as error:
         raise RecordUnreadable(f"the journal holds a result that is none: {error}") from error

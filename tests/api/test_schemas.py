@@ -135,6 +135,13 @@ def test_marks_are_read_as_they_are_meant() -> None:
     )
 
 
+def test_null_is_the_same_as_nothing_for_new_fields() -> None:
+    new = ("boxes", "points", "region", "mask_threshold", "max_instances", "nms_iou", "outputs")
+    nulls = dict.fromkeys((*new, "polygon_tolerance_px"))
+    plain = parse_request(PredictRequest, SOUND)
+    assert parse_request(PredictRequest, {**SOUND, **nulls}).all_prompts == plain.all_prompts
+
+
 def test_a_click_means_something_however_unsure_the_model_is() -> None:
     click = {**WORDLESS, "points": [{"xy": [1, 2]}, {"xy": [0.1, 0.2], "label": 0, "unit": "relative"}]}
     (prompt,) = parse_request(PredictRequest, click).all_prompts

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam3_runner.errors import InvalidRegion
+from sam3_runner.errors import ImageChanged, InvalidRegion
 from sam3_runner.images import Region
 from sam3_runner.outputs import KINDS
 from sam3_runner.types import Box, Prompt, SegmentItem, SegmentResult
 from storage import ObjectNotFound
 from tasks.errors import TaskConflict
 from tasks.keys import output_key
-from tasks.pipeline import MAX_INSTANCES_IN_ROW, STAGES, document
+from tasks.pipeline import MAX_INSTANCES_IN_ROW, STAGES
 from tests.tasks.world import (
     BLUE_BOX,
     RED_BOX,
@@ -169,14 +169,28 @@ async def test_all_that_is_asked_for_is_made_and_stored_beside_the_mask(any_worl
     assert iou(await any_world.mask(outcome.mask_key), box_mask(RED_BOX, BLUE_BOX)) > 0.95
 
 
-async def test_documents_of_an_answer_from_the_journal_are_those_that_were_stored(any_world: World) -> None:
+async def test_documents_are_at_hand_when_they_were_just_made(any_world: World) -> None:
     job = any_world.job(outputs=("coco", "polygons"), polygon_tolerance_px=2.0)
     first, again = await any_world.run(job), await any_world.run(job)
     assert len(any_world.runner.calls) == 1
     assert set(first.documents) == {"coco", "polygons"} and not again.documents
-    for name in ("coco", "polygons"):
-        assert document(job, again, name) == document(job, first, name)
-    assert json.loads(document(job, again, "polygons"))["tolerance_px"] == 2.0
+    assert json.loads(first.documents["polygons"])["tolerance_px"] == 2.0
+
+
+async def test_what_was_found_in_one_photo_is_not_drawn_on_another(embedded: World) -> None:
+    reads = 0
+
+    async def swap_before_the_second() -> None:
+        nonlocal reads
+        reads += 1
+        if reads == 2:
+            await embedded.store.put("uploads/picture.png", picture("PNG", optimize=True), "image/png")
+
+    executor = embedded.executor(store=Watched(embedded.store, get=swap_before_the_second))
+    job = embedded.job(outputs=("mask", "overlay"))
+    with pytest.raises(ImageChanged, match="new task_id"):
+        await embedded.run(job, executor)
+    assert (await embedded.row(job)).status == "error"
 
 
 async def test_a_photo_that_is_gone_before_it_was_drawn_on_fails_the_task(embedded: World) -> None:

@@ -241,10 +241,9 @@ export interface components {
             readonly score_threshold?: number;
             /**
              * Mask Threshold
-             * @description The probability above which a pixel belongs to a mask.
-             * @default 0.5
+             * @default null
              */
-            readonly mask_threshold?: number;
+            readonly mask_threshold?: number | null;
             /**
              * Max Instances
              * @default null
@@ -266,10 +265,9 @@ export interface components {
             ] | null;
             /**
              * Polygon Tolerance Px
-             * @description How far a polygon may be from its outline.
-             * @default 1
+             * @default null
              */
-            readonly polygon_tolerance_px?: number;
+            readonly polygon_tolerance_px?: number | null;
             /** Prompts */
             readonly prompts: readonly (string | components["schemas"]["PromptObject"])[];
         };
@@ -580,10 +578,9 @@ export interface components {
             readonly score_threshold?: number;
             /**
              * Mask Threshold
-             * @description The probability above which a pixel belongs to a mask.
-             * @default 0.5
+             * @default null
              */
-            readonly mask_threshold?: number;
+            readonly mask_threshold?: number | null;
             /**
              * Max Instances
              * @default null
@@ -605,10 +602,9 @@ export interface components {
             ] | null;
             /**
              * Polygon Tolerance Px
-             * @description How far a polygon may be from its outline.
-             * @default 1
+             * @default null
              */
-            readonly polygon_tolerance_px?: number;
+            readonly polygon_tolerance_px?: number | null;
             /**
              * Text Prompt
              * @default null
@@ -1508,7 +1504,7 @@ export interface operations {
                     readonly "application/json": components["schemas"]["ErrorResponse"];
                 };
             };
-            /** @description Conflict: `TASK_CONFLICT` */
+            /** @description Conflict: `IMAGE_CHANGED`, `TASK_CONFLICT` */
             readonly 409: {
                 headers: {
                     readonly "X-Request-ID"?: string;
@@ -1788,7 +1784,7 @@ export interface operations {
                     readonly "application/json": components["schemas"]["ErrorResponse"];
                 };
             };
-            /** @description Conflict: `TASK_CONFLICT` */
+            /** @description Conflict: `IMAGE_CHANGED`, `TASK_CONFLICT` */
             readonly 409: {
                 headers: {
                     readonly "X-Request-ID"?: string;
