@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import mimetypes
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -36,7 +36,7 @@ from api.openapi import openapi_document
 from api.preferences import RESPOND_ASYNC, wants_async
 from api.requests import RECORD, RequestRecord
 from api.routes import ROUTES, RouteSpec
-from api.schemas import BatchRequest, PredictRequest, RequestT, parse_request
+from api.schemas import BatchRequest, PredictRequest, RequestT, first_of, parse_request
 from sam3_runner import rle
 from sam3_runner.errors import ImageError, ImageTooLarge, InvalidPrompt, TooManyPrompts, UnsupportedPrompt
 from sam3_runner.images import ImageHeader
@@ -45,7 +45,7 @@ from sam3_runner.text import MAX_PROMPTS, PromptChecker
 from sam3_runner.types import ModelInfo, Prompt, Segmentation
 from storage import ObjectNotFound, StorageError
 from storage.keys import validate_key
-from tasks.job import Job
+from tasks.job import DEFAULT_POLYGON_TOLERANCE_PX, Job
 from tasks.keys import output_key
 from tasks.pipeline import JobOutcome, PromptOutcome
 
@@ -187,22 +187,21 @@ async def _read_job(request: Request, backend: Backend, record: RequestRecord, s
         raise MalformedJson(f"The body is not JSON: {error}.") from error
     asked = parse_request(schema, value)
     record.task_id = asked.task_id
-    record.fields["prompts"] = len(asked.all_prompts)
+    prompts = asked.all_prompts
+    record.fields["prompts"] = len(prompts)
     job = Job(
         task_id=asked.task_id,
         user_id=asked.user_id,
         image_url=asked.image_url,
-        prompts=asked.all_prompts,
+        prompts=prompts,
         request_id=record.request_id,
         is_batch=isinstance(asked, BatchRequest),
         region=None if asked.region is None else asked.region.region,
         outputs=None if asked.outputs is None else tuple(dict.fromkeys(asked.outputs)),
-        **(
-            {} if asked.polygon_tolerance_px is None else {"polygon_tolerance_px": asked.polygon_tolerance_px}
-        ),
+        polygon_tolerance_px=first_of(asked.polygon_tolerance_px, DEFAULT_POLYGON_TOLERANCE_PX),
     )
     try:
-        _check_prompts(backend.prompts, asked)
+        _check_prompts(backend.prompts, asked, prompts)
     except (PromptRefused, TooManyPrompts, UnsupportedPrompt) as error:
         await backend.executor.refuse(job, error)
         raise
@@ -224,13 +223,15 @@ def _accepted(job: Job) -> Response:
     return Response(orjson.dumps(body), 202, headers, "application/json")
 
 
-def _check_prompts(check: PromptChecker, asked: PredictRequest | BatchRequest) -> None:
+def _check_prompts(
+    check: PromptChecker, asked: PredictRequest | BatchRequest, prompts: Sequence[Prompt]
+) -> None:
     try:
-        check.check(asked.all_prompts)
+        check.check(prompts)
     except InvalidPrompt as error:
         details = tuple(
             {"field": asked.field_of_prompt(index), "message": message}
-            for index, prompt in enumerate(asked.all_prompts)
+            for index, prompt in enumerate(prompts)
             if (message := _why_refused(check, prompt)) is not None
         )
         raise PromptRefused(str(error), details) from error

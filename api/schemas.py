@@ -28,6 +28,7 @@ from sam3_runner.types import (
 )
 from storage.urls import MAX_URL_CHARS
 
+MAX_COUNTED_PROMPTS = 256
 MAX_MARKS = 32  # boxes, or points, of one prompt
 MAX_INSTANCES = 200  # queries of SAM3: more are never found
 
@@ -235,7 +236,7 @@ class _Request(_Part):
             score_threshold = 0.0 if is_default else self.score_threshold
         selection = Selection(
             score_threshold=float(score_threshold),
-            mask_threshold=_first_of(asked.mask_threshold, self.mask_threshold, DEFAULT_MASK_THRESHOLD),
+            mask_threshold=first_of(asked.mask_threshold, self.mask_threshold, DEFAULT_MASK_THRESHOLD),
             max_instances=self.max_instances if asked.max_instances is None else asked.max_instances,
             nms_iou=self.nms_iou if asked.nms_iou is None else asked.nms_iou,
         )
@@ -276,8 +277,12 @@ class PredictRequest(_Request):
 class BatchRequest(_Request):
     """Find every instance of several concepts in one image."""
 
-    # The upper limit is told here and held by the prompt check, which answers with a code of its own.
-    prompts: Annotated[list[BatchPrompt], Field(min_length=1, json_schema_extra={"maxItems": MAX_PROMPTS})]
+    # The upper limit is told here and held by the prompt check, which answers with a code of its own; far beyond it
+    # nobody need count.
+    prompts: Annotated[
+        list[BatchPrompt],
+        Field(min_length=1, max_length=MAX_COUNTED_PROMPTS, json_schema_extra={"maxItems": MAX_PROMPTS}),
+    ]
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Fields that do not fit together, and why."""
@@ -300,7 +305,7 @@ class BatchRequest(_Request):
         return field if isinstance(self.prompts[index], str) else f"{field}.text_prompt"
 
 
-def _first_of(*values: float | None) -> float:
+def first_of(*values: float | None) -> float:
     """The first that was given."""
     return next(float(value) for value in values if value is not None)
 

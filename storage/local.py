@@ -101,6 +101,7 @@ class LocalStore:
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(partial, name, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
+                os.fsync(folder_fd)  # the name, too
             except BaseException:
                 with contextlib.suppress(OSError):
                     os.unlink(partial, dir_fd=folder_fd)

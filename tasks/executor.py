@@ -22,7 +22,14 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol, TypeVar
 
-from storage.errors import ObjectNotFound, ObjectTooLarge, StorageError
+from storage.errors import (
+    ForeignUrl,
+    InvalidContentType,
+    InvalidKey,
+    ObjectNotFound,
+    ObjectTooLarge,
+    StorageError,
+)
 from tasks.errors import (
     BacklogFull,
     JournalUnavailable,
@@ -62,6 +69,9 @@ _FINAL: Final = (
     RecordUnreadable,
     ObjectNotFound,
     ObjectTooLarge,
+    InvalidKey,
+    InvalidContentType,
+    ForeignUrl,
 )
 COUNTED_FOR_S: Final = 0.1
 TAKE_OVER_EVERY_S: Final = 1.0
@@ -276,11 +286,14 @@ class TaskExecutor:
             if not run.has_begun and run.task is not None:
                 run.task.cancel()
         ends_at_s = asyncio.get_running_loop().time() + grace_s
-        while (busy := [run for run in self._runs.values() if run.failing is None]) and (
-            left_s := ends_at_s - asyncio.get_running_loop().time()
-        ) > 0:
-            await asyncio.wait([run.task for run in busy if run.task is not None], timeout=min(left_s, 0.2))
+        while (busy := self._busy()) and (left_s := ends_at_s - asyncio.get_running_loop().time()) > 0:
+            await asyncio.wait(busy, timeout=min(left_s, 0.2))
         await self._stop_runs()
+
+    def _busy(self) -> list[asyncio.Task[None]]:
+        """What runs and does not wait for something that is away."""
+        runs = (run for run in self._runs.values() if run.failing is None)
+        return [run.task for run in runs if run.task is not None and not run.task.done()]
 
     async def aclose(self) -> None:
         """Stop carrying tasks, wherever they stand: the journal has them, for whoever comes next."""
@@ -337,7 +350,7 @@ class TaskExecutor:
         return await self._journal.accept(
             job.task_id,
             fingerprint_of(job, inputs.fingerprint),
-            job_record(job),
+            job_record(replace(job, image_key=inputs.image_key)),
             deadline_s=self._deadline_s,
             max_unfinished=self._max_unfinished,
             begins=begins,
@@ -484,6 +497,8 @@ class TaskExecutor:
                 computed = await self._compute_in_turn(run)
         except TimeoutError as error:
             raise run.failing or error from None
+        finally:
+            run.limit = None  # past it there is nothing to cut short
         return computed
 
     async def _store(self, run: _Run, computed: Computed) -> None:
@@ -498,12 +513,13 @@ class TaskExecutor:
         if run.has_begun:
             return await self._pipeline.compute(run.work, self._attempt(run))
         async with self._places:
-            run.has_begun = True
             if run.entry.attempts + 1 < SUSPECT_FROM_ATTEMPT:
+                run.has_begun = True
                 await self._begin(run)
                 return await self._pipeline.compute(run.work, self._attempt(run))
             # Not begun before its turn: what still waits is not to blame for what happens.
             await self._go_alone(run)
+            run.has_begun = True
             try:
                 await self._begin(run)
                 return await self._pipeline.compute(run.work, self._attempt(run))

@@ -27,6 +27,8 @@ class Job:
         region: The part of the image that the model sees; None: all of it.
         outputs: What is made of the instances, by name. None: the mask, and the run lengths in the answer.
         polygon_tolerance_px: How far polygons may be from the outlines that they simplify.
+        image_key: Of the image in storage, as it was told from the URL when the task was accepted: names of buckets and
+            hosts may be others by the time that somebody takes it over. Empty before.
     """
 
     task_id: str
@@ -38,6 +40,7 @@ class Job:
     region: Region | None = None
     outputs: tuple[str, ...] | None = None
     polygon_tolerance_px: float = DEFAULT_POLYGON_TOLERANCE_PX
+    image_key: str = ""
 
     def __post_init__(self) -> None:
         if not self.prompts or (len(self.prompts) > 1 and not self.is_batch):

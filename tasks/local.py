@@ -191,7 +191,7 @@ class LocalTasks:
                 connection.row_factory = sqlite3.Row
                 _set_wal(connection, self._busy_timeout_s)
                 connection.execute(
-                    "pragma synchronous = normal"
+                    "pragma synchronous = full"
                 )  # with WAL: whole after a crash of the process
                 connection.execute(SCHEMA)
             except BaseException:

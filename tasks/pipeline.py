@@ -234,7 +234,7 @@ class Pipeline:
             ForeignUrl: the image is not in our storage.
         """
         union_mask_key(job.task_id)
-        return inputs_of(job, self._urls.key_of(job.image_url))
+        return inputs_of(job, job.image_key or self._urls.key_of(job.image_url))
 
     async def compute(self, work: Work, attempt: Attempt = once) -> Computed:
         """Claims the row, loads the image and segments it.

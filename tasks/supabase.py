@@ -43,11 +43,11 @@ from tasks.store import (
 TABLE: Final = "segmentation_results"
 # 520–524 are Cloudflare's, in front of Supabase: the origin hung up, refused or timed out.
 RETRIED_STATUSES: Final = frozenset({408, 429, 502, 503, 504, 520, 521, 522, 523, 524})
-# Postgres or a gateway has read the request and does not like what it says; the next time neither.
-REFUSED_STATUSES: Final = frozenset({400, 409, 413, 414, 415, 422})
-# Unless it is the database that is not as it should be: a table, column or right is missing (PostgREST's own class,
-# and Postgres'). Whoever applies the migrations mends that for all tasks.
-NOT_SET_UP: Final = ("PGRST2", "42")
+# Postgres or PostgREST has read the request and does not like what it says; the next time neither. By their codes: data
+# exceptions, violated constraints, what a trigger raises, requests that are none. Whatever else is refused (a gateway's
+# page, a missing table or right, a plan that a migration made stale) somebody may mend, for all tasks.
+REFUSED_CODES: Final = ("22", "23", "P0001", "PGRST1")
+TOO_LARGE_STATUS: Final = 413
 RETRIED_ERRORS: Final = (
     httpx.TimeoutException,
     httpx.NetworkError,
@@ -198,7 +198,9 @@ class SupabaseTasks:
         code = _error_code(reply)
         if reply.status_code == 400 and code == INVALID_TEXT_REPRESENTATION:
             return []
-        if reply.status_code in REFUSED_STATUSES and not code.startswith(NOT_SET_UP):
+        if reply.status_code == TOO_LARGE_STATUS or (
+            400 <= reply.status_code < 500 and code.startswith(REFUSED_CODES)
+        ):
             raise TaskRowRefused(f"{_told(reply, code)}: it refuses what the task's row would say")
         raise self._refusal(reply, code)
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from sam3_runner.errors import InvalidPrompt
 from sam3_runner.images import Region
 from sam3_runner.types import Box, Point, Prompt, Selection
+from storage import ForeignUrl
 from tasks.job import Job, in_crop, job_of, job_record, name_of
 from tasks.pipeline import inputs_of
-from tests.tasks.world import words
+from tests.tasks.world import World, words
 
 PLAIN = Job("t-1", "u-1", "uploads/a.jpg", words("red circle", "cat"), "r-1", is_batch=True)
 RICH = Job(
@@ -61,6 +63,14 @@ def test_only_what_is_new_changes_the_fingerprint() -> None:
     assert PLAIN.question == ""
     assert inputs_of(PLAIN, "uploads/a.jpg").fingerprint.startswith(FINGERPRINT_OF_WORDS)
     assert inputs_of(RICH, "uploads/a.jpg").fingerprint != inputs_of(PLAIN, "uploads/a.jpg").fingerprint
+
+
+def test_the_image_is_known_by_the_key_that_it_was_accepted_with(embedded: World) -> None:
+    pipeline = embedded.executor()._pipeline
+    job = replace(PLAIN, image_url="https://a-bucket-of-before.example.com/a.jpg", image_key="uploads/a.jpg")
+    assert pipeline.inputs_of(job).image_key == "uploads/a.jpg"
+    with pytest.raises(ForeignUrl):
+        pipeline.inputs_of(replace(job, image_key=""))
 
 
 def test_names() -> None:

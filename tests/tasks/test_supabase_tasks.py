@@ -152,11 +152,13 @@ async def test_a_passing_fault_is_tried_again(
     assert read_task(dsn, task.task_id)["status"] == "processing"
 
 
-@pytest.mark.parametrize("status", [400, 409, 413, 414, 415, 422])
+@pytest.mark.parametrize(
+    ("status", "code"), [(400, "22001"), (409, "23505"), (400, "P0001"), (400, "PGRST102"), (413, "")]
+)
 async def test_what_is_refused_for_its_content_is_told_apart_and_not_tried_again(
-    stand_in: PostgrestStandIn, store: SupabaseTasks, task: TaskInputs, status: int
+    stand_in: PostgrestStandIn, store: SupabaseTasks, task: TaskInputs, status: int, code: str
 ) -> None:
-    stand_in.faults.fail(1, status=status)
+    stand_in.faults.fail(1, status=status, body=f'{{"code": "{code}"}}'.encode())
     with pytest.raises(TaskRowRefused, match=str(status)):
         await store.start(task)
     assert len(stand_in.seen) == 1
@@ -172,7 +174,7 @@ async def test_what_postgres_refuses_is_refused_whatever_it_is(
         await store.fail(task, "X", "\x00")
 
 
-@pytest.mark.parametrize("code", ["PGRST204", "42703", "42883"])
+@pytest.mark.parametrize("code", ["PGRST204", "42703", "42883", "0A000", "26000"])
 async def test_a_database_that_is_not_set_up_refuses_no_row(
     stand_in: PostgrestStandIn, store: SupabaseTasks, task: TaskInputs, code: str
 ) -> None:
@@ -181,7 +183,7 @@ async def test_a_database_that_is_not_set_up_refuses_no_row(
         await store.start(task)
 
 
-@pytest.mark.parametrize("status", [401, 403, 404, 405, 406, 412, 416, 500, 501])
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 406, 409, 412, 414, 415, 416, 422, 500, 501])
 async def test_any_other_status_is_final_and_ours_to_answer_for(
     stand_in: PostgrestStandIn, store: SupabaseTasks, task: TaskInputs, status: int
 ) -> None:
