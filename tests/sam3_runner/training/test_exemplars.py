@@ -64,10 +64,15 @@ def test_exemplars_ask_for(
     assert list(match_exemplars(scene_of(KINDS), exemplars, *words)) == expected
 
 
-def draw_many(kind: str, count: int = 300) -> list[tuple[Scene, ScenePrompt]]:
+@pytest.fixture(scope="module")
+def scenes() -> list[Scene]:
     rng = np.random.default_rng(7)
-    scenes = [draw_scene(rng, (96, 128), min_objects=4, share_repeated=0.4) for _ in range(count // 10)]
-    drawn = [(scene, QUESTIONS[kind](rng, scene)) for scene in scenes for _ in range(10)]
+    return [draw_scene(rng, (96, 128), min_objects=4, share_repeated=0.4) for _ in range(40)]
+
+
+def draw_many(kind: str, scenes: list[Scene]) -> list[tuple[Scene, ScenePrompt]]:
+    rng = np.random.default_rng(8)
+    drawn = [(scene, QUESTIONS[kind](rng, scene)) for scene in scenes for _ in range(6)]
     return [(scene, prompt) for scene, prompt in drawn if prompt is not None]
 
 
@@ -89,10 +94,10 @@ def draw_many(kind: str, count: int = 300) -> list[tuple[Scene, ScenePrompt]]:
     ],
 )
 def test_questions_are_of_their_kind(
-    kind: str, has_words: bool, labels: set[tuple[bool, ...]], answered: float
+    scenes: list[Scene], kind: str, has_words: bool, labels: set[tuple[bool, ...]], answered: float
 ) -> None:
-    drawn = draw_many(kind)
-    assert len(drawn) > 100
+    drawn = draw_many(kind, scenes)
+    assert len(drawn) > 80
     assert {prompt.text is not None for _, prompt in drawn} == {has_words}
     assert {tuple(e.is_positive for e in prompt.exemplars) for _, prompt in drawn} == labels
     share = np.mean([bool(prompt.matches) for _, prompt in drawn])
@@ -100,8 +105,8 @@ def test_questions_are_of_their_kind(
 
 
 @pytest.mark.parametrize("kind", QUESTIONS)
-def test_boxes_lie_around_what_they_show_and_forbid_what_is_like_it(kind: str) -> None:
-    for scene, prompt in draw_many(kind):
+def test_boxes_lie_around_what_they_show_and_forbid_what_is_like_it(scenes: list[Scene], kind: str) -> None:
+    for scene, prompt in draw_many(kind, scenes):
         height, width = scene.image.shape[:2]
         for exemplar in prompt.exemplars:
             x0, y0, x1, y1 = exemplar.box_xyxy_px
@@ -123,8 +128,8 @@ def test_boxes_lie_around_what_they_show_and_forbid_what_is_like_it(kind: str) -
         assert not set(prompt.forbidden) & set(prompt.matches)
 
 
-def test_many_questions_have_more_than_the_exemplar_to_find() -> None:
-    drawn = draw_many("positive boxes alone")
+def test_many_questions_have_more_than_the_exemplar_to_find(scenes: list[Scene]) -> None:
+    drawn = draw_many("positive boxes alone", scenes)
     others = [len(prompt.matches) > len(prompt.exemplars) for _, prompt in drawn]
     assert np.mean(others) > 0.4
 
