@@ -19,6 +19,7 @@ from transformers import Sam3Config, Sam3Model
 
 from sam3_runner.checkpoint import DEMO_CHECKPOINT, Checkpoint
 from sam3_runner.engine import MAX_ROWS, EncodedImages, Engine
+from sam3_runner.exemplars import MAX_BOXES
 from sam3_runner.forward import TextFeatures
 from sam3_runner.text import PromptChecker
 from sam3_runner.training.evaluate import Question
@@ -105,7 +106,7 @@ def compare_features(config: Sam3Config, dtype: torch.dtype, device: torch.devic
     side = config.vision_config.backbone_config.image_size
     pixels = torch.randint(256, (1, side, side, 3), dtype=torch.uint8, device=device)
     encoded = [Engine(model, device, kind).encode_images(pixels) for kind in (torch.float32, dtype)]
-    names = ("pixels", "geometry", "fine", "middle")
+    names = ("pixels", "geometry", "fine", "middle", "coarse")
     return {
         name: F.cosine_similarity(one.flatten().double(), other.flatten().double(), dim=0).item()
         for name, one, other in zip(names, encoded[0].tensors, encoded[1].tensors, strict=True)
@@ -129,13 +130,25 @@ def compare_served(model: Sam3Model, device: torch.device, dtype: torch.dtype) -
             mask = torch.arange(32, device=device)[None] < torch.randint(3, 32, (pairs, 1), device=device)
             encoded = [EncodedImages.join(e.encode_images(pixels).split()) for e in (plain, served)]
             texts = [TextFeatures.join(e.encode_texts(input_ids, mask).split()) for e in (plain, served)]
-            one, other = plain.answer(encoded[0], texts[0]), served.answer(encoded[1], texts[1])
             for exact, near in zip(encoded[0].tensors, encoded[1].tensors, strict=True):
                 difference = (exact - near).abs().max() / exact.abs().max()
                 worst["features"] = max(worst["features"], difference.item())
-            worst["scores"] = max(worst["scores"], (one.scores - other.scores).abs().max().item())
-            boxes = (one.boxes_cxcywh - other.boxes_cxcywh).abs().max()
-            worst["boxes"] = max(worst["boxes"], boxes.item())
+            marked = torch.rand(pairs, MAX_BOXES, 4, device=device)
+            is_box = torch.rand(pairs, MAX_BOXES, device=device) < 0.5
+            for has_boxes in (False, True):
+                one, other = (
+                    engine.answer(
+                        image,
+                        text,
+                        engine.encode_boxes(image, marked, marked[..., 0] < 0.5, is_box)
+                        if has_boxes
+                        else None,
+                    )
+                    for engine, image, text in zip((plain, served), encoded, texts, strict=True)
+                )
+                worst["scores"] = max(worst["scores"], (one.scores - other.scores).abs().max().item())
+                boxes = (one.boxes_cxcywh - other.boxes_cxcywh).abs().max()
+                worst["boxes"] = max(worst["boxes"], boxes.item())
     return worst
 
 
@@ -181,7 +194,9 @@ def main() -> None:
                 print(f"| {name} | " + " | ".join(f"{value:.2e}" for value in worst.values()) + " |")
         if options.no_features:
             return
-        print("\n| mode | pixels | geometry | fine | middle | alike |\n|---|---|---|---|---|---|")
+        print(
+            "\n| mode | pixels | geometry | fine | middle | coarse | alike |\n|---|---|---|---|---|---|---|"
+        )
         for name in options.dtypes:
             cosines = compare_features(full_config(options.layers), DTYPES[name], options.device)
             values = " | ".join(f"{value:.6f}" for value in cosines.values())

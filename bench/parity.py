@@ -1,8 +1,9 @@
 """Does ours compute what Meta's code computes? `make parity`: the full size, on a CPU, in float32.
 
 Meta's own package, in an environment of its own, builds its model with seeded random weights, saves it as `sam3.pt`,
-and answers images and prompts; ours loads that file and answers the same. Needs 5 GB of disk and 9 GB of memory. The
-result goes to `bench/results/parity.md`; the exit status is 1 if anything is further apart than it may be.
+and answers images and prompts, in words, by boxes, or both; ours loads that file and answers the same. Needs 5 GB of
+disk and 9 GB of memory. The result goes to `bench/results/parity.md`; the exit status is 1 if anything is further apart
+than it may be.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ T = TypeVar("T")
 
 CPU = torch.device("cpu")
 RESULT = Path(__file__).parent / "results" / "parity.md"
-IMAGES = 3  # of the made cases; two prompts for the first
+IMAGES = 3  # of the made cases: one has four prompts, the others two
 LIBRARY_EPS = 1e-6  # of the vision encoder's normalisations, in transformers' configuration
 
 RAW_HEAD = (
@@ -148,7 +149,7 @@ def conditions(reference: Reference, options: argparse.Namespace, segmenter: Seg
     return f"""\
 Largest differences from Meta's package on the same weights, images and prompts. {info.parameters:,} parameters,
 {info.input_size_px} px, float32; random weights (seed {reference.seed}) that Meta's code wrote as `sam3.pt`. Images of
-{sizes} px, the last one grey.
+{sizes} px, the last one grey. `[+2 -1]` stands for two boxes like which it should be and one like which not.
 
 Allowed: score {SCORE_TOLERANCE:g}, box {BOX_TOLERANCE_PX:g} px, mask logit {MASK_LOGIT_TOLERANCE:g}, the same queries
 kept, and no pixel that differs where Meta's logit, upsampled in float64, is further from 0 than that.

@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import roi_align
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.sam3 import modeling_sam3 as reference
 
@@ -185,11 +186,18 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return shaped
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int, is_causal: bool = False) -> Tensor:
-    """(B, T, C) each -> (B, T, C), each head by itself."""
-    mixed = F.scaled_dot_product_attention(
-        split_heads(queries, heads), split_heads(keys, heads), split_heads(values, heads), is_causal=is_causal
-    )
+def attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    heads: int,
+    mask: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+) -> Tensor:
+    """(B, T, C) each -> (B, T, C), each head by itself; `mask` (B, 1, 1, T) is False where a key is hidden."""
+    queries, keys, values = (split_heads(part, heads) for part in (queries, keys, values))
+    mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=is_causal)
     return merge_heads(mixed)
 
 
@@ -581,16 +589,81 @@ class SelfAttention(nn.Module):
         return mixed
 
 
-class GeometryEncoder(nn.Module):
-    """What the geometry encoder says of an image with no boxes marked on it: one token, from its class token.
+class SineEncoding(nn.Module):
+    """Numbers in [0, 1] as sines and cosines, F of each."""
 
-    It attends to itself alone there, which is the projection of its values.
+    periods: Tensor
+
+    def __init__(self, weights: Weights, source: reference.Sam3SinePositionEmbedding) -> None:
+        super().__init__()
+        self.scale: float = source.scale
+        halves = torch.arange(source.num_position_features, device=weights.device) // 2
+        self.register_buffer("periods", source.temperature ** (2 * halves / source.num_position_features))
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        """(B, N, P) -> (B, N, P·F)."""
+        angles = numbers[..., None] * self.scale / self.periods  # (B, N, P, F)
+        return torch.stack([angles[..., 0::2].sin(), angles[..., 1::2].cos()], dim=-1).flatten(2)
+
+
+class BoxEmbedder(nn.Module):
+    """What a box is by itself: where it is, what lies in it, and whether that is wanted."""
+
+    labels: Tensor
+
+    def __init__(self, weights: Weights, source: reference.Sam3GeometryEncoder) -> None:
+        super().__init__()
+        self.edges, self.place = (
+            weights.head(part) for part in (source.boxes_direct_project, source.boxes_pos_enc_project)
+        )
+        self.sines = SineEncoding(weights, source.position_encoding)
+        self.register_buffer("labels", weights.exact(source.label_embed.weight))  # (2, C)
+        self.norm = weights.norm(source.vision_layer_norm)
+        self.roi_size: int = source.roi_size
+        pool = source.boxes_pool_project  # a convolution as large as what it reads: one matrix
+        self.pool = Linear(weights.compact(pool.weight).flatten(1), weights.compact(pool.bias))
+
+    def forward(self, pixels: Tensor, boxes_cxcywh: Tensor, is_positive: Tensor) -> Tensor:
+        """(B or 1, T, C) image tokens, (B, K, 4) float32 in [0, 1] of the image, (B, K) -> (B, K, C) float32."""
+        x, y, width, height = boxes_cxcywh.unbind(-1)
+        centres = self.sines(torch.stack([y, x], dim=-1))
+        place = self.place(torch.cat([centres, torch.stack([height, width], dim=-1)], dim=-1))
+        inside = self.pool(self._sample(pixels, boxes_cxcywh)).float()
+        embedded: Tensor = self.edges(boxes_cxcywh) + place + inside + self.labels[is_positive.long()]
+        return embedded
+
+    def _sample(self, pixels: Tensor, boxes_cxcywh: Tensor) -> Tensor:
+        """(B or 1, T, C) image tokens and (B, K, 4) boxes -> (B, K, C·r·r)."""
+        side = math.isqrt(pixels.shape[1])
+        # The sampling is done in float32: in bfloat16 a box's edges would move by pixels.
+        normal = self.norm(pixels).float().unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (B, C, H, W)
+        image = torch.arange(len(boxes_cxcywh), device=pixels.device) % len(pixels)
+        images = image[:, None, None].expand(*boxes_cxcywh.shape[:2], 1)
+        regions = torch.cat([images, _corners(boxes_cxcywh) * side], dim=-1).flatten(0, 1)  # (B·K, 5)
+        sampled = roi_align(normal, regions, self.roi_size)  # (B·K, C, r, r)
+        shaped: Tensor = sampled.flatten(1).unflatten(0, boxes_cxcywh.shape[:2]).to(pixels.dtype)
+        return shaped
+
+
+def _corners(boxes_cxcywh: Tensor) -> Tensor:
+    """(…, 4) centre and size -> (…, 4) left, top, right and bottom edge."""
+    centre, half = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:] / 2
+    return torch.cat([centre - half, centre + half], dim=-1)
+
+
+class GeometryEncoder(nn.Module):
+    """What is marked on an image: a token for each box, and a class token, all of which have looked at the image.
+
+    With no boxes marked, the class token attends to itself alone, which is the projection of its values.
     """
 
     token: Tensor
 
     def __init__(self, weights: Weights, source: reference.Sam3GeometryEncoder, position: Tensor) -> None:
         super().__init__()
+        self.boxes = BoxEmbedder(weights, source)
+        self.project = weights.linear(source.final_proj)
+        self.prompt_norm = weights.norm(source.prompt_layer_norm)
         start = source.prompt_layer_norm(source.final_proj(source.cls_embed.weight))
         self.register_buffer("token", weights.compact(start))  # (1, C)
         self.layers = nn.ModuleList(GeometryLayer(weights, layer, position) for layer in source.layers)
@@ -604,17 +677,43 @@ class GeometryEncoder(nn.Module):
         encoded: Tensor = self.norm(x)
         return encoded
 
+    def encode_boxes(
+        self, pixels: Tensor, boxes_cxcywh: Tensor, is_positive: Tensor, is_box: Tensor
+    ) -> Tensor:
+        """Boxes marked on B images.
+
+        Args:
+            pixels: (B or 1, T, C) image tokens.
+            boxes_cxcywh: (B, K, 4) float32, in [0, 1] of the image.
+            is_positive: (B, K) bool.
+            is_box: (B, K) bool, False where a box is padding.
+        Returns:
+            (B, K + 1, C), the class token last.
+        """
+        embedded = self.boxes(pixels, boxes_cxcywh, is_positive).to(pixels.dtype)
+        class_token = self.token.expand(len(embedded), 1, -1)
+        x = torch.cat([self.prompt_norm(self.project(embedded)), class_token], dim=1)
+        is_token = F.pad(is_box, (0, 1), value=True)[:, None, None]  # (B, 1, 1, K + 1)
+        for layer in self.layers:
+            assert isinstance(layer, GeometryLayer)
+            x = layer.look_together(x, pixels, is_token)
+        encoded: Tensor = self.norm(x)
+        return encoded
+
 
 class GeometryLayer(nn.Module):
-    """One layer of the geometry encoder, for a single token."""
+    """One layer of the geometry encoder."""
 
     def __init__(
         self, weights: Weights, source: reference.Sam3GeometryEncoderLayer, position: Tensor
     ) -> None:
         super().__init__()
+        attention = source.self_attn
+        self.heads: int = attention.num_attention_heads
         self.norm1 = weights.norm(source.layer_norm1)
-        self.values = weights.linear(source.self_attn.v_proj)
-        self.out = weights.linear(source.self_attn.o_proj)
+        self.queries_keys = weights.linear(attention.q_proj, attention.k_proj)
+        self.values = weights.linear(attention.v_proj)
+        self.out = weights.linear(attention.o_proj)
         self.norm2 = weights.norm(source.layer_norm2)
         self.pixel_keys = PixelKeys(weights, [source.cross_attn], position)
         self.attention = Attention(weights, source.cross_attn)
@@ -622,9 +721,19 @@ class GeometryLayer(nn.Module):
         self.mlp = Mlp(weights, source.mlp.fc1, source.mlp.fc2, source.mlp.activation_fn)
 
     def forward(self, x: Tensor, pixels: Tensor) -> Tensor:
-        """(I, 1, C) and (I, T, C) -> (I, 1, C)."""
+        """A single token: (I, 1, C) and (I, T, C) -> (I, 1, C)."""
         x = x + self.out(self.values(self.norm1(x)))
         keys, values = self.pixel_keys(pixels)[0]
+        x = x + self.attention(self.norm2(x), keys, values)
+        mixed: Tensor = x + self.mlp(self.norm3(x))
+        return mixed
+
+    def look_together(self, x: Tensor, pixels: Tensor, is_token: Tensor) -> Tensor:
+        """Tokens that see each other: (B, K, C), (B or 1, T, C) and (B, 1, 1, K) -> (B, K, C)."""
+        normal = self.norm1(x)
+        queries, own_keys = self.queries_keys(normal).chunk(2, -1)
+        x = x + self.out(attend(queries, own_keys, self.values(normal), self.heads, is_token))
+        keys, values = (part.expand(len(x), -1, -1, -1) for part in self.pixel_keys(pixels)[0])
         x = x + self.attention(self.norm2(x), keys, values)
         mixed: Tensor = x + self.mlp(self.norm3(x))
         return mixed
@@ -680,7 +789,6 @@ class QueryDecoder(nn.Module):
     start: Tensor
     start_boxes: Tensor
     ticks: Tensor
-    sine_periods: Tensor
 
     def __init__(
         self,
@@ -697,12 +805,7 @@ class QueryDecoder(nn.Module):
         )
         self.register_buffer("start_boxes", weights.exact(source.reference_points.weight).sigmoid())
         self.register_buffer("ticks", torch.arange(grid, device=weights.device) / grid)
-        encoding = source.position_encoding
-        self.sine_scale: float = encoding.scale
-        halves = torch.arange(encoding.num_position_features, device=weights.device) // 2
-        self.register_buffer(
-            "sine_periods", encoding.temperature ** (2 * halves / encoding.num_position_features)
-        )
+        self.sines = SineEncoding(weights, source.position_encoding)
         self.pixel_keys = PixelKeys(weights, [layer.vision_cross_attn for layer in source.layers], position)
         self.layers = nn.ModuleList(QueryLayer(weights, layer) for layer in source.layers)
         self.norm = weights.norm(source.output_layer_norm)
@@ -740,15 +843,12 @@ class QueryDecoder(nn.Module):
     def _encode_boxes(self, boxes: Tensor) -> Tensor:
         """(B, N, 4) -> (B, N, 2·C) sines and cosines of y, x, width, height."""
         x, y, width, height = boxes.unbind(-1)
-        places = torch.stack([y, x, width, height], dim=-1)
-        angles = places[..., None] * self.sine_scale / self.sine_periods  # (B, N, 4, C/2)
-        return torch.stack([angles[..., 0::2].sin(), angles[..., 1::2].cos()], dim=-1).flatten(2)
+        encoded: Tensor = self.sines(torch.stack([y, x, width, height], dim=-1))
+        return encoded
 
     def _bias(self, boxes: Tensor) -> Tensor:
         """(B, heads, 1 + N, T): how each query's attention leans towards its box; the presence token's does not."""
-        corners = torch.cat(
-            [boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], dim=-1
-        )
+        corners = _corners(boxes)
         along_x = self.bias_x(self._offsets(corners[..., 0::2]))  # (B, N, grid, heads)
         along_y = self.bias_y(self._offsets(corners[..., 1::2]))
         bias = (

@@ -50,17 +50,19 @@ class EncodedImages:
         geometry: (I, 1, C), what the geometry encoder says of an image with no boxes marked on it.
         fine: (I, 4H, 4W, C), what the finest level adds to the pixels of masks.
         middle: (I, 2H, 2W, C), what the level between adds.
+        coarse: (I, H·W, C) image tokens before that look, which boxes are encoded from.
     """
 
     pixels: Tensor
     geometry: Tensor
     fine: Tensor
     middle: Tensor
+    coarse: Tensor
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """In the order of the fields."""
-        return self.pixels, self.geometry, self.fine, self.middle
+        return self.pixels, self.geometry, self.fine, self.middle, self.coarse
 
     def split(self) -> list[EncodedImages]:
         """The images one by one, each in memory of its own."""
@@ -140,12 +142,14 @@ class Engine(nn.Module):
             self.pixel_decoder = PixelDecoder(weights, model.mask_decoder)
         self.requires_grad_(False).eval()
         self._device = device
+        self._is_compiled = False
         image_bytes = position.numel() * (1 + 4 + 16) * weights.dtype.itemsize
         self.max_rows = (
             MAX_ROWS if device.type == "cuda" else min(MAX_ROWS, max(1, CPU_PASS_BYTES // image_bytes))
         )
         self._encode_images: Callable[..., tuple[Tensor, ...]] = self._run_encode_images
         self._encode_texts: Callable[..., tuple[Tensor, ...]] = self._run_encode_texts
+        self._encode_boxes: Callable[..., tuple[Tensor, ...]] = self._run_encode_boxes
         self._answer: Callable[..., tuple[Tensor, ...]] = self._run_answer
 
     def _positions(self, model: Sam3Model, device: torch.device) -> Tensor:
@@ -169,16 +173,41 @@ class Engine(nn.Module):
         (tokens,) = self._encode_texts(input_ids)
         return TextFeatures(tokens, attention_mask.bool())
 
-    def answer(self, images: EncodedImages, texts: TextFeatures) -> Answers:
+    def encode_boxes(
+        self, images: EncodedImages, boxes_cxcywh: Tensor, is_positive: Tensor, is_box: Tensor
+    ) -> TextFeatures:
+        """Encode the boxes marked on B images, at most `max_rows`.
+
+        Args:
+            images: B images, or one for all.
+            boxes_cxcywh: (B, K, 4) float32, centre and size in [0, 1] of the image's width and height.
+            is_positive: (B, K) bool, True for "like this one".
+            is_box: (B, K) bool, False where a box is padding.
+        Returns:
+            K + 1 tokens each, the class token last. May be overwritten by the next call.
+        """
+        (tokens,) = self._encode_boxes(images.coarse, boxes_cxcywh, is_positive, is_box)
+        return TextFeatures(tokens, F.pad(is_box, (0, 1), value=True))
+
+    def answer(
+        self, images: EncodedImages, texts: TextFeatures, boxes: TextFeatures | None = None
+    ) -> Answers:
         """Answer B pairs, at most `max_rows`.
 
         Args:
             images: B images, pair b being row b of images and texts; or one, for all.
             texts: B prompts.
+            boxes: Of B pairs, as `encode_boxes` made them; None: no pair has any.
         Returns:
             May be overwritten by the next call.
         """
-        return Answers(*self._answer(*images.tensors, texts.tokens, texts.is_token))
+        geometry = images.geometry
+        if boxes is not None:
+            # Their class token stands where the one that has seen no boxes would, the others behind the words.
+            texts = texts.append(boxes.tokens[:, :-1], boxes.is_token[:, :-1])
+            geometry = boxes.tokens[:, -1:]
+        inputs = (images.pixels, geometry, images.fine, images.middle)
+        return Answers(*self._answer(*inputs, texts.tokens, texts.is_token))
 
     def accelerate(self) -> None:
         """On a GPU: compile the layers, and record each stage at its static sizes when they are first used."""
@@ -197,6 +226,7 @@ class Engine(nn.Module):
         pool = torch.cuda.graph_pool_handle()
         self._encode_images = CudaGraphs(self._run_encode_images, STATIC_SIZES, pool)
         self._encode_texts = CudaGraphs(self._run_encode_texts, STATIC_SIZES, pool)
+        self._encode_boxes = CudaGraphs(self._run_encode_boxes, STATIC_SIZES, pool)
         self._answer = CudaGraphs(self._run_answer, STATIC_SIZES, pool)
 
     def compile_layers(self) -> None:
@@ -205,6 +235,7 @@ class Engine(nn.Module):
         The ViT's, where nearly all time goes, are compiled for each batch size; of the others, one for every size
         above 1.
         """
+        self._is_compiled = True
         torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
         for part in self.backbone.layers:
             part.compile(fullgraph=True, dynamic=False)
@@ -217,16 +248,26 @@ class Engine(nn.Module):
         fine, middle, coarse = self.neck(self.backbone(pixels))
         tokens = coarse.flatten(1, 2)
         prepared = self.pixel_decoder.prepare(fine, middle)
-        return self.looks_at_image[0](tokens), self.geometry(tokens), *prepared
+        return self.looks_at_image[0](tokens), self.geometry(tokens), *prepared, tokens
 
     def _run_encode_texts(self, input_ids: Tensor) -> tuple[Tensor]:
         return (self.text(input_ids),)
+
+    def _run_encode_boxes(
+        self, coarse: Tensor, boxes_cxcywh: Tensor, is_positive: Tensor, is_box: Tensor
+    ) -> tuple[Tensor]:
+        return (self.geometry.encode_boxes(coarse, boxes_cxcywh, is_positive, is_box),)
 
     def _run_answer(
         self, pixels: Tensor, geometry: Tensor, fine: Tensor, middle: Tensor, tokens: Tensor, is_token: Tensor
     ) -> tuple[Tensor, ...]:
         texts = TextFeatures(tokens, is_token).append(geometry.expand(len(tokens), -1, -1))
         tokens, is_token = texts.tokens, texts.is_token
+        if self._is_compiled:
+            # Prompts with boxes have more tokens than others. Code is made for either number: were it made for any,
+            # prompts without boxes would be answered by it too.
+            for tensor in (tokens, is_token):
+                torch._dynamo.mark_static(tensor, 1)
         pixels = self.looks_at_prompt[0](pixels, tokens, is_token)  # the image's first look is in `pixels`
         for at_image, at_prompt in zip(self.looks_at_image[1:], self.looks_at_prompt[1:], strict=True):
             pixels = at_prompt(at_image(pixels), tokens, is_token)

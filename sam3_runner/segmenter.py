@@ -21,14 +21,17 @@ from sam3_runner.errors import (
     DeviceOutOfMemory,
     InferenceFailed,
     InvalidInput,
+    InvalidPrompt,
     RunnerError,
     UnsupportedPrompt,
 )
+from sam3_runner.exemplars import check_boxes, encode_exemplars
 from sam3_runner.forward import TextFeatures
 from sam3_runner.images import resize_for_model
 from sam3_runner.selection import best_above, logit_shift, without_duplicates
 from sam3_runner.text import MAX_PROMPTS, PromptChecker
 from sam3_runner.types import (
+    Box,
     ItemError,
     ModelInfo,
     Prompt,
@@ -39,7 +42,7 @@ from sam3_runner.types import (
 )
 from sam3_runner.upsample import masks_from_logits
 
-# The last images asked about, each 56 MB in bfloat16 and twice that in float32 at full size: a second question about
+# The last images asked about, each 58 MB in bfloat16 and twice that in float32 at full size: a second question about
 # one of them skips the image encoder, which is most of the work.
 IMAGE_CACHE_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
 TEXT_CACHE_BYTES = 64 << 20  # some thousand prompts
@@ -49,9 +52,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Pair:
-    """One prompt of one image of a batch, and its features."""
+    """One prompt of one image of a batch, which one it is, and its features."""
 
     item: int
+    number: int
     prompt: Prompt
     image: EncodedImages
     text: TextFeatures
@@ -118,11 +122,11 @@ class Segmenter:
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Refuse prompts that cannot be answered, without touching the device; see `PromptChecker.check`."""
+        if any(prompt.points for prompt in prompts):
+            raise UnsupportedPrompt("expected words or boxes: this checkpoint reads no points")
+        if any(prompt.text is None and not prompt.boxes for prompt in prompts):
+            raise InvalidPrompt("expected words, boxes, or both: the prompt has neither")
         self._prompts.check(prompts)
-        if any(prompt.boxes or prompt.points for prompt in prompts):
-            raise UnsupportedPrompt(
-                "expected a prompt in words: this checkpoint reads neither boxes nor points"
-            )
 
     def warm_up(self) -> None:
         """Run every batch size once, so that no caller waits for lazy initialisation, compilation or recording."""
@@ -141,6 +145,12 @@ class Segmenter:
             ):
                 self._texts.clear()
                 self._segment_all(batch)
+        # After all that have none, so that those are compiled and recorded as if there were no others.
+        marked = tuple(Prompt(boxes=(Box((0, 0, size / 2, size)),)) for _ in range(MAX_ROWS))
+        for rows in sizes:
+            pixels = [np.full((size, size, 3), rows, np.uint8) for _ in range(rows)]
+            self._segment_all([SegmentItem(image, (size, size), marked[:1]) for image in pixels])
+            self._segment_all([SegmentItem(pixels[0], (size, size), marked[:rows])])
         self._texts.clear()
 
     def segment(self, image: npt.NDArray[np.uint8], prompts: Sequence[Prompt]) -> list[Segmentation]:
@@ -153,15 +163,16 @@ class Segmenter:
             One per prompt, in order. `scores` (N,) in [0, 1], descending; `boxes_xyxy_px` (N, 4) float32 in original
             pixels, origin top left; `masks` N run-length masks of size H×W. N may be 0.
         Raises:
-            InvalidPrompt: blank or longer than the text encoder reads.
+            InvalidPrompt: blank or longer than the text encoder reads, or with a box that shows nothing of the image.
             TooManyPrompts: none, or more than `max_prompts`.
             UnsupportedPrompt: of a kind that the checkpoint cannot answer.
             DeviceOutOfMemory: nothing was computed; the segmenter stays usable.
         Source: SAM 3 (Meta, 2025), §3; scores as in its image processor.
         """
-        self.check_prompts(prompts)
-        pixels = resize_for_model(image, self.info.input_size_px)
         height, width = image.shape[:2]
+        self.check_prompts(prompts)
+        check_boxes(prompts, (height, width))
+        pixels = resize_for_model(image, self.info.input_size_px)
         key = b"pixels" + hashlib.sha256(pixels.data).digest()
         item = SegmentItem(pixels, (height, width), tuple(prompts), key)
         with self._device_errors():
@@ -203,6 +214,7 @@ class Segmenter:
             )
         try:
             self.check_prompts(item.prompts)
+            check_boxes(item.prompts, item.size_hw)
         except InvalidInput as error:
             return ItemError(type(error).__name__, str(error))
         return None
@@ -222,20 +234,24 @@ class Segmenter:
         return [*self._segment_or_halve(items[:half]), *self._segment_or_halve(items[half:])]
 
     def _segment_all(self, items: Sequence[SegmentItem]) -> list[list[Segmentation]]:
-        found: list[list[Segmentation]] = [[] for _ in items]
+        found: dict[tuple[int, int], Segmentation] = {}
         rows = self._engine.max_rows
         with torch.inference_mode():
             texts = self._encode_texts([prompt for item in items for prompt in item.prompts])
             for start in range(0, len(items), rows):
                 images = self._encode_images(items[start : start + rows])
                 pairs = [
-                    _Pair(start + row, prompt, image, texts[prompt.text])
+                    _Pair(start + row, number, prompt, image, texts[prompt.text])
                     for row, image in enumerate(images)
-                    for prompt in items[start + row].prompts
+                    for number, prompt in enumerate(items[start + row].prompts)
                 ]
-                for first in range(0, len(pairs), rows):
-                    self._answer(pairs[first : first + rows], items, found)
-        return found
+                for has_boxes in (False, True):  # apart: boxes make every prompt of a pass longer
+                    alike = [pair for pair in pairs if bool(pair.prompt.boxes) == has_boxes]
+                    for first in range(0, len(alike), rows):
+                        found |= self._answer(alike[first : first + rows], items)
+        return [
+            [found[index, number] for number in range(len(item.prompts))] for index, item in enumerate(items)
+        ]
 
     @contextlib.contextmanager
     def _device_errors(self) -> Iterator[None]:
@@ -280,17 +296,24 @@ class Segmenter:
         return encoded
 
     def _answer(
-        self, pairs: Sequence[_Pair], items: Sequence[SegmentItem], found: list[list[Segmentation]]
-    ) -> None:
-        """Answer pairs, at most `max_rows` of the engine, and append what is found to their items'."""
+        self, pairs: Sequence[_Pair], items: Sequence[SegmentItem]
+    ) -> dict[tuple[int, int], Segmentation]:
+        """Answer pairs, at most `max_rows` of the engine, of which all have boxes or none has: by item and number."""
         first = pairs[0].image
         is_one_image = all(pair.image is first for pair in pairs)
         images = first if is_one_image else EncodedImages.join([pair.image for pair in pairs])
-        answers = self._engine.answer(images, TextFeatures.join([pair.text for pair in pairs]))
+        sizes_hw = [items[pair.item].size_hw for pair in pairs]
+        boxes = None
+        if pairs[0].prompt.boxes:
+            exemplars = encode_exemplars([pair.prompt.boxes for pair in pairs], sizes_hw)
+            on_device = (torch.from_numpy(part).to(self._device) for part in exemplars)
+            boxes = self._engine.encode_boxes(images, *on_device)
+        answers = self._engine.answer(images, TextFeatures.join([pair.text for pair in pairs]), boxes)
         decided = torch.cat([answers.scores[..., None], answers.boxes_cxcywh], dim=-1).cpu().numpy()
-        for row, pair in enumerate(pairs):
-            size_hw = items[pair.item].size_hw
-            found[pair.item].append(_keep(answers, decided[row], row, pair.prompt.selection, size_hw))
+        return {
+            (pair.item, pair.number): _keep(answers, decided[row], row, pair.prompt.selection, sizes_hw[row])
+            for row, pair in enumerate(pairs)
+        }
 
 
 def _keep(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -23,9 +24,9 @@ from sam3_runner.engine import EncodedImages
 from sam3_runner.forward import TextFeatures
 from sam3_runner.images import resize_for_model
 from sam3_runner.rle import decode_mask
-from sam3_runner.segmenter import Segmenter
+from sam3_runner.segmenter import Segmenter, _Pair
 from sam3_runner.text import VOCABULARY_FILE
-from sam3_runner.types import Prompt, Segmentation, SegmentItem, Selection
+from sam3_runner.types import Box, Prompt, Segmentation, SegmentItem, Selection
 from tests.parity.environment import bpe_file, meta_python
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -100,7 +101,24 @@ class Case:
     """One image, (H, W, 3) uint8, and its prompts."""
 
     image: npt.NDArray[np.uint8]
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
+
+    def asked(self) -> list[dict[str, Any]]:
+        """The prompts as Meta's processor takes them: boxes as centre and size in shares of the image's sides."""
+        return [
+            {
+                "text": prompt.text,
+                "boxes": [self.shares(box) for box in prompt.boxes],
+                "labels": [box.is_positive for box in prompt.boxes],
+            }
+            for prompt in self.prompts
+        ]
+
+    def shares(self, box: Box) -> tuple[float, float, float, float]:
+        """Centre and size of a box in shares of the image's width and height."""
+        height, width = self.image.shape[:2]
+        x0, y0, x1, y1 = box.xyxy
+        return (x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height
 
 
 @dataclass(frozen=True)
@@ -180,13 +198,19 @@ def is_same(found: Difference | MaskDifference) -> bool:
 
 
 def made_cases() -> list[Case]:
-    """Images of all proportions, one of them grey, with one prompt or two."""
+    """Images of all proportions, one of them grey, with prompts in words, by boxes, and both."""
     generator = np.random.default_rng(5)
+    small, tall, flat = (100.0, 80.0, 150.5, 133.25), (20.0, 10.0, 60.0, 290.0), (205.0, 12.0, 415.0, 30.0)
+    several = tuple(map(Box, (small, tall, flat, (0.0, 0.0, 420.0, 300.0), (2.0, 3.0, 4.0, 5.0))))
     prompts = (
-        ("red circle", "a Dog's nose"),
-        ("truck",),
-        ("red circle",),
-        ("Ünïted &amp; 2 stripes", "!+ shoe"),
+        (Prompt("red circle"), Prompt(boxes=(Box(small),)), Prompt("a Dog's nose"), Prompt("shoe", several)),
+        (Prompt("truck", (Box((30.0, 100.0, 200.0, 400.0)),)), Prompt("truck")),
+        (Prompt("red circle"), Prompt("red circle", (Box(flat), Box((40, 3, 600, 96), is_positive=False)))),
+        (
+            Prompt("Ünïted &amp; 2 stripes"),
+            Prompt("!+ shoe"),
+            Prompt(boxes=tuple(Box(box.xyxy, is_positive=row % 2 == 0) for row, box in enumerate(several))),
+        ),
     )
     return [
         Case(_made_image(generator, size_hw, is_grey=number == 2), asked)
@@ -194,6 +218,14 @@ def made_cases() -> list[Case]:
             zip(((300, 420), (511, 256), (97, 640), (672, 672)), prompts, strict=True)
         )
     ]
+
+
+def name_of(prompt: Prompt) -> str:
+    """A prompt in a table: its words, and how many boxes say "like this" and "not like this"."""
+    positive = sum(box.is_positive for box in prompt.boxes)
+    negative = len(prompt.boxes) - positive
+    counts = [f"{sign}{count}" for sign, count in (("+", positive), ("-", negative)) if count]
+    return " ".join([*([prompt.text] if prompt.text else []), *([f"[{' '.join(counts)}]"] if counts else [])])
 
 
 def _made_image(
@@ -248,7 +280,7 @@ class Reference:
             "threads": threads,
             "under_model": under_model,
             "cases": [
-                {"image": f"{number}.png", "prompts": case.prompts} for number, case in enumerate(cases)
+                {"image": f"{number}.png", "prompts": case.asked()} for number, case in enumerate(cases)
             ],
         }
         (folder / "request.json").write_text(json.dumps(request))
@@ -271,7 +303,7 @@ class Reference:
             with np.load(self.folder / f"answer-{number}.npz") as answers:
                 for index, prompt in enumerate(case.prompts):
                     names = [name for name in answers if name.startswith(f"{index}.")]
-                    yield number, prompt, {name.partition(".")[2]: answers[name] for name in names}
+                    yield number, name_of(prompt), {name.partition(".")[2]: answers[name] for name in names}
 
 
 @dataclass(frozen=True)
@@ -284,19 +316,30 @@ class Answers:
 
 def ask_ours(segmenter: Segmenter, cases: Sequence[Case]) -> Answers:
     """All images in one batch, watching what the engine itself says on the way."""
-    raw: list[Raw] = []
-    answer = segmenter._engine.answer
+    raw: dict[tuple[int, int], Raw] = {}
+    latest: list[Raw] = []
+    answer, answer_pairs = segmenter._engine.answer, segmenter._answer
 
-    def watched(images: EncodedImages, texts: TextFeatures) -> engine.Answers:
-        answers = answer(images, texts)
+    def watched(images: EncodedImages, texts: TextFeatures, boxes: TextFeatures | None) -> engine.Answers:
+        answers = answer(images, texts, boxes)
         queries = torch.arange(answers.scores.shape[1])
-        for pair, (scores, boxes) in enumerate(zip(answers.scores, answers.boxes_cxcywh, strict=True)):
-            raw.append(Raw(scores, boxes, answers.mask_logits(pair, queries)))
+        latest[:] = [
+            Raw(scores, found, answers.mask_logits(pair, queries))
+            for pair, (scores, found) in enumerate(zip(answers.scores, answers.boxes_cxcywh, strict=True))
+        ]
         return answers
 
-    with mock.patch.object(segmenter._engine, "answer", watched):
+    def watched_pairs(pairs: Sequence[_Pair], items: Sequence[SegmentItem]) -> object:
+        found = answer_pairs(pairs, items)
+        raw.update({(pair.item, pair.number): one for pair, one in zip(pairs, latest, strict=True)})
+        return found
+
+    with (
+        mock.patch.object(segmenter._engine, "answer", watched),
+        mock.patch.object(segmenter, "_answer", watched_pairs),
+    ):
         results = segmenter.segment_batch([_item(segmenter, case) for case in cases])
-    return Answers(raw, [result.segmentations for result in results])
+    return Answers([raw[pair] for pair in sorted(raw)], [result.segmentations for result in results])
 
 
 @torch.inference_mode()
@@ -309,18 +352,23 @@ def ask_transformers(model: Sam3Model, segmenter: Segmenter, cases: Sequence[Cas
         vision = model.get_vision_features(pixels)
         for prompt in item.prompts:
             input_ids, attention_mask = map(torch.from_numpy, segmenter._prompts.encode([prompt]))
-            out = model(vision_embeds=vision, input_ids=input_ids, attention_mask=attention_mask)
+            boxes = {
+                "input_boxes": torch.tensor([[case.shares(box) for box in prompt.boxes]]),
+                "input_boxes_labels": torch.tensor([[int(box.is_positive) for box in prompt.boxes]]),
+            }
+            marked = boxes if prompt.boxes else {}
+            out = model(vision_embeds=vision, input_ids=input_ids, attention_mask=attention_mask, **marked)
             scores = out.pred_logits[0].sigmoid() * out.presence_logits[0].sigmoid()
             x0, y0, x1, y1 = out.pred_boxes[0].unbind(-1)
-            boxes = torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], dim=-1)
-            answers.append(Raw(scores, boxes, out.pred_masks[0]))
+            found = torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], dim=-1)
+            answers.append(Raw(scores, found, out.pred_masks[0]))
     return answers
 
 
 def _item(segmenter: Segmenter, case: Case) -> SegmentItem:
     height, width = case.image.shape[:2]
     pixels = resize_for_model(case.image, segmenter.info.input_size_px)
-    prompts = tuple(Prompt(text, selection=Selection(THRESHOLD)) for text in case.prompts)
+    prompts = tuple(dataclasses.replace(prompt, selection=Selection(THRESHOLD)) for prompt in case.prompts)
     return SegmentItem(pixels, (height, width), prompts)
 
 

@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ GAINS = {
 
 
 def answer(
-    model: nn.Module, image: Path, prompts: list[str], input_size_px: int, times: list[float]
+    model: nn.Module, image: Path, prompts: list[dict[str, Any]], input_size_px: int, times: list[float]
 ) -> dict[str, Any]:
     """One image, each prompt in turn, through `Sam3Processor`."""
     raw: dict[str, Tensor] = {}
@@ -134,7 +135,7 @@ def answer(
     started = time.perf_counter()
     state = processor.set_image(Image.open(image).convert("RGB"))
     for number, prompt in enumerate(prompts):
-        state = processor.set_text_prompt(prompt, state)
+        state = ask(processor, prompt, state)
         kept = {
             "boxes_xyxy_px": state["boxes"],
             "scores": state["scores"],
@@ -149,6 +150,20 @@ def answer(
     times.append(time.perf_counter() - started)
     setattr(model, "forward_grounding", ground)  # noqa: B010
     return found
+
+
+def ask(processor: Sam3Processor, prompt: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+    """One prompt, of words, boxes or both. The processor answers after each part; here after the last alone."""
+    processor.reset_all_prompts(state)
+    words = [] if prompt["text"] is None else [partial(processor.set_text_prompt, prompt["text"], state)]
+    boxes = zip(prompt["boxes"], prompt["labels"], strict=True)
+    parts = [*words, *(partial(processor.add_geometric_prompt, box, label, state) for box, label in boxes)]
+    setattr(processor, "_forward_grounding", lambda state: state)  # noqa: B010  # Meta's own
+    for part in parts[:-1]:
+        part()
+    delattr(processor, "_forward_grounding")
+    answered: dict[str, Any] = parts[-1]()
+    return answered
 
 
 def run_model(folder: Path, bpe: str) -> None:

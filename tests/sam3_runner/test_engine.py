@@ -14,7 +14,7 @@ from transformers import Sam3Model
 
 from sam3_runner.blocks import UpsampledConv3x3, Weights
 from sam3_runner.engine import STATIC_SIZES, Engine
-from sam3_runner.forward import decode, encode_image, encode_text
+from sam3_runner.forward import decode, encode_boxes, encode_image, encode_text
 from sam3_runner.graphs import CudaGraphs, Recording, Tensors
 from sam3_runner.training.architecture import IMAGE_SIZE_PX, build_demo_model
 from sam3_runner.training.demo import demo_tokenizer
@@ -61,10 +61,35 @@ def case(request: pytest.FixtureRequest) -> Case:
     return Case(pixels, tokens["input_ids"], tokens["attention_mask"])
 
 
-def answers_and_masks(engine: Engine, case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    answers = engine.answer(
-        engine.encode_images(case.pixels), engine.encode_texts(case.input_ids, case.attention_mask)
-    )
+@dataclass(frozen=True)
+class Marked:
+    """Up to five boxes on the images of three prompts."""
+
+    boxes_cxcywh: Tensor
+    is_positive: Tensor
+    is_box: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.boxes_cxcywh, self.is_positive, self.is_box
+
+
+@pytest.fixture(params=[False, True], ids=["no boxes", "boxes"])
+def marked(request: pytest.FixtureRequest) -> Marked | None:
+    if not request.param:
+        return None
+    generator = torch.Generator().manual_seed(2)
+    boxes = torch.rand(len(PROMPTS), 5, 4, generator=generator)  # some reach over the edge
+    boxes[0, 0, 2:] = 0.01  # smaller than a patch
+    is_positive = torch.rand(boxes.shape[:2], generator=generator) < 0.5
+    is_box = torch.tensor([[True] * 5, [True, False, True, False, False], [False] * 5])
+    return Marked(boxes, is_positive, is_box)
+
+
+def answers_and_masks(engine: Engine, case: Case, marked: Marked | None) -> tuple[Tensor, Tensor, Tensor]:
+    images = engine.encode_images(case.pixels)
+    boxes = None if marked is None else engine.encode_boxes(images, *marked.tensors)
+    answers = engine.answer(images, engine.encode_texts(case.input_ids, case.attention_mask), boxes)
     queries = torch.arange(answers.scores.shape[1])
     masks = torch.stack([answers.mask_logits(pair, queries) for pair in range(len(PROMPTS))])
     return answers.scores, answers.boxes_cxcywh, masks
@@ -72,13 +97,15 @@ def answers_and_masks(engine: Engine, case: Case) -> tuple[Tensor, Tensor, Tenso
 
 @torch.inference_mode()
 def test_the_engine_computes_what_the_reference_computes(
-    model: Sam3Model, engine: Engine, case: Case
+    model: Sam3Model, engine: Engine, case: Case, marked: Marked | None
 ) -> None:
     images = encode_image(model, case.pixels.permute(0, 3, 1, 2) / 127.5 - 1)
     if len(case.pixels) == 1:
         images = images.repeat_each(len(PROMPTS))
-    expected = decode(model, images, encode_text(model, case.input_ids, case.attention_mask))
-    scores, boxes, masks = answers_and_masks(engine, case)
+    reference_boxes = None if marked is None else encode_boxes(model, images, *marked.tensors)
+    texts = encode_text(model, case.input_ids, case.attention_mask)
+    expected = decode(model, images, texts, boxes=reference_boxes)
+    scores, boxes, masks = answers_and_masks(engine, case, marked)
     close(scores, expected.logits[-1].sigmoid() * expected.presence_logits[-1].sigmoid()[:, None])
     close(boxes, expected.boxes_cxcywh[-1])
     close(masks, torch.einsum("bnc,bchw->bnhw", expected.mask_embeddings[-1], expected.pixel_embeddings))
@@ -127,13 +154,15 @@ class GraphsWithoutGpu(CudaGraphs):
 
 
 @torch.inference_mode()
-def test_static_sizes_change_no_answer(engine: Engine, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = answers_and_masks(engine, case)
-    for stage in ("encode_images", "encode_texts", "answer"):
+def test_static_sizes_change_no_answer(
+    engine: Engine, case: Case, marked: Marked | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = answers_and_masks(engine, case, marked)
+    for stage in ("encode_images", "encode_texts", "encode_boxes", "answer"):
         run = getattr(engine, f"_run_{stage}")
         monkeypatch.setattr(engine, f"_{stage}", GraphsWithoutGpu(run, STATIC_SIZES, None))
     for _ in range(2):  # recorded, then replayed
-        for ours, one in zip(answers_and_masks(engine, case), expected, strict=True):
+        for ours, one in zip(answers_and_masks(engine, case, marked), expected, strict=True):
             close(ours, one)
 
 
@@ -142,13 +171,38 @@ def test_static_sizes_change_no_answer(engine: Engine, case: Case, monkeypatch: 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="TorchInductor needs a C++ compiler for a CPU")
 @torch.inference_mode()
 def test_compiled_layers_change_no_answer_and_compile_once_for_all_batch_sizes(
-    model: Sam3Model, engine: Engine, case: Case
+    model: Sam3Model, engine: Engine, case: Case, marked: Marked | None
 ) -> None:
     compiled = Engine(model, CPU, torch.float32)
     compiled.compile_layers()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    for ours, one in zip(answers_and_masks(compiled, case), answers_and_masks(engine, case), strict=True):
+    for ours, one in zip(
+        answers_and_masks(compiled, case, marked), answers_and_masks(engine, case, marked), strict=True
+    ):
         close(ours, one)
     kinds = 8  # of compiled parts
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3 * kinds
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="TorchInductor needs a C++ compiler for a CPU")
+@torch.inference_mode()
+@pytest.mark.parametrize("marked", [True], indirect=True, ids=["boxes"])
+@pytest.mark.parametrize("case", [3], indirect=True, ids=["an image for each"])
+def test_prompts_with_boxes_leave_the_code_for_others_as_it_is(
+    model: Sam3Model, engine: Engine, case: Case, marked: Marked
+) -> None:
+    compiled = Engine(model, CPU, torch.float32)
+    compiled.compile_layers()
+    torch._dynamo.reset()
+    for one in (None, marked):
+        for ours, expected in zip(
+            answers_and_masks(compiled, case, one), answers_and_masks(engine, case, one), strict=True
+        ):
+            close(ours, expected)
+    torch._dynamo.utils.counters.clear()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        answers_and_masks(compiled, case, None)
+        answers_and_masks(compiled, case, marked)

@@ -77,7 +77,7 @@ def test_the_comparison_sees_a_geometry_token_that_is_left_out(
     reference: Reference, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What `Sam3Model.forward` does. Random weights are enough to tell."""
-    monkeypatch.setattr("sam3_runner.forward.TextFeatures.append", lambda texts, tokens: texts)
+    monkeypatch.setattr("sam3_runner.forward.TextFeatures.append", lambda texts, *tokens: texts)
 
     answers = ask_ours(segmenter, reference.cases[:1])
 

@@ -113,11 +113,98 @@ def test_a_higher_mask_threshold_makes_masks_smaller(demo: Segmenter, scenes: li
 
 
 @pytest.mark.parametrize(
-    "prompt", [Prompt(points=(Point((3, 3)),)), Prompt("circle", boxes=(Box((1, 1, 9, 9)),))]
+    "prompt", [Prompt(points=(Point((3, 3)),)), Prompt("circle", points=(Point((1, 9)),))]
 )
 def test_what_the_checkpoint_cannot_read_is_refused(demo: Segmenter, prompt: Prompt) -> None:
-    with pytest.raises(UnsupportedPrompt, match="in words"):
+    with pytest.raises(UnsupportedPrompt, match="words or boxes"):
         demo.segment(np.zeros((10, 10, 3), np.uint8), [prompt])
+
+
+def exemplars(generator: np.random.Generator, size_hw: tuple[int, int], count: int) -> tuple[Box, ...]:
+    """Boxes all over an image and a little beyond, the first of them positive."""
+    height, width = size_hw
+    centres = generator.uniform(0, 1, (count, 2)) * [width, height]
+    halves = generator.uniform(0.02, 0.3, (count, 2)) * [width, height]
+    corners = np.concatenate([centres - halves, centres + halves], axis=1)
+    return tuple(Box(tuple(box), is_positive=row % 2 == 0) for row, box in enumerate(corners.tolist()))
+
+
+def differ(one: Segmentation, other: Segmentation) -> bool:
+    return bool(np.abs(one.scores - other.scores).max() > 1e-3)
+
+
+def test_prompts_of_all_kinds_are_answered_in_their_order_whoever_stands_beside_them(
+    random_checkpoint: Path, scenes: list[Scene]
+) -> None:
+    segmenter = Segmenter.from_checkpoint(random_checkpoint)
+    generator = np.random.default_rng(8)
+    every = Selection(score_threshold=0.0)
+    items, photos = [], []
+    for number, scene in enumerate(scenes[:4]):
+        size_hw = scene.image.shape[:2]
+        mixed = tuple(
+            Prompt(text, exemplars(generator, size_hw, count), selection=every)
+            for text, count in [("circle", 0), ("circle", 1), (None, 32), ("star", 0), (None, 2 + number)]
+        )
+        photos.append((scene.image, mixed[number % 2 :]))
+        items.append(dataclasses.replace(item_of(scene, ()), prompts=mixed[number % 2 :]))
+    for (photo, prompts), result in zip(photos, segmenter.segment_batch(items), strict=True):
+        assert result.error is None
+        for prompt, answer in zip(prompts, result.segmentations, strict=True):
+            assert_same_answer(answer, segmenter.segment(photo, [prompt])[0])
+    (words, with_box, *_) = segmenter.segment_batch(items)[0].segmentations
+    assert differ(words, with_box)
+
+
+def test_what_a_box_says_is_in_its_place_its_content_and_its_label(
+    random_checkpoint: Path, scenes: list[Scene]
+) -> None:
+    segmenter = Segmenter.from_checkpoint(random_checkpoint)
+    photo, every = scenes[0].image, Selection(score_threshold=0.0)
+    height, width = photo.shape[:2]
+    here, there = (2.0, 3.0, width / 3, height / 4), (width / 2, height / 2, width - 5, height - 1)
+
+    def answer(*boxes: Box) -> Segmentation:
+        return segmenter.segment(photo, [Prompt("circle", boxes, selection=every)])[0]
+
+    one = answer(Box(here))
+    for other in (answer(Box(there)), answer(Box(here, is_positive=False)), answer(Box(here), Box(there))):
+        assert differ(one, other)
+    assert_same_answer(answer(Box(here), Box(there)), answer(Box(there), Box(here)))
+    whole, beyond = (0.0, 0.0, width, height), (-50.0, -1e9, width + 1.0, float("inf"))
+    assert_same_answer(answer(Box(whole)), answer(Box(beyond)))  # it is cut at the image's edge
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        pytest.param(Prompt(boxes=(Box((5, 1, 5, 9)),)), "x0 < x1", id="no width"),
+        pytest.param(Prompt(boxes=(Box((1, 9, 5, 2)),)), "y0 < y1", id="upside down"),
+        pytest.param(Prompt("circle", (Box((1, NAN, 5, 2)),)), "y0 < y1", id="not a number"),
+        pytest.param(
+            Prompt(boxes=(Box((20, 1, 25, 9)),)), "outside the image of 20×10 pixels", id="right of it"
+        ),
+        pytest.param(Prompt(boxes=(Box((1, -9, 5, 0)),)), "outside", id="above it"),
+        pytest.param(Prompt(boxes=(Box((0, 0, 1, 1), is_relative=True),)), "in pixels", id="relative"),
+        pytest.param(Prompt(boxes=(Box((0, 0, 1, 1)),) * 33), "at most 32 boxes", id="too many"),
+        pytest.param(Prompt(), "neither", id="nothing"),
+    ],
+)
+def test_boxes_that_show_nothing_are_refused_and_their_neighbours_are_answered(
+    random_checkpoint: Path, scenes: list[Scene], prompt: Prompt, message: str
+) -> None:
+    segmenter = Segmenter.from_checkpoint(random_checkpoint)
+    with pytest.raises(InvalidPrompt, match=message):
+        segmenter.segment(np.zeros((10, 20, 3), np.uint8), [prompt])
+    good = item_of(scenes[0], ("circle",))
+    bad = dataclasses.replace(good, size_hw=(10, 20), prompts=(*good.prompts, prompt))
+    refused, answered = segmenter.segment_batch([bad, good])
+    assert refused.error is not None
+    assert refused.error.code == "InvalidPrompt"
+    assert answered.error is None
 
 
 def test_one_bad_item_leaves_its_neighbours_their_answers(demo: Segmenter, scenes: list[Scene]) -> None:
