@@ -30,18 +30,20 @@ from sam3_runner.training.losses import Target
 from sam3_runner.training.scenes import COLOURS, SHAPES, Exemplar, Scene, SceneObject, ScenePrompt, draw_scene
 from sam3_runner.types import RunLengthMask, Segmentation
 
+PHASES = ("--image-steps", "--steps", "--box-steps", "--exemplar-steps")
 
-def arguments(folder: Path, steps: int) -> list[str]:
-    """Train up to `steps` in `folder`, two images and two prompts at a time."""
+
+def arguments(folder: Path, *steps: int) -> list[str]:
+    """Train each of the phases up to its number of `steps`, in `folder`, two images and two prompts at a time."""
     fixed = ["--images", "2", "--prompts", "2", "--device", "cpu", "--save-every", "1"]
     paths = ["--out", str(folder / "out"), "--state", str(folder / "state.pt")]
-    phases = ("--image-steps", "--steps", "--box-steps", "--exemplar-steps")
-    return [*fixed, *paths, *(word for phase in phases for word in (phase, str(steps)))]
+    counts = [f"{phase}={count}" for phase, count in zip(PHASES, steps, strict=True)]
+    return [*fixed, *paths, *counts]
 
 
-def run(folder: Path, steps: int) -> Path:
+def run(folder: Path, *steps: int) -> Path:
     """Train, and return the weights' file."""
-    train(parse_options(arguments(folder, steps)))
+    train(parse_options(arguments(folder, *steps)))
     return folder / "out" / "model.safetensors"
 
 
@@ -49,17 +51,23 @@ def test_training_resumes_where_it_stopped(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(
         "sam3_runner.training.demo.DECAY_SHARE", 1e-9
     )  # the rate must not depend on --steps here
-    at_once = load_file(run(tmp_path / "at once", 4))
-    run(tmp_path / "in parts", 2)
-    in_parts = load_file(run(tmp_path / "in parts", 4))
+    at_once = load_file(run(tmp_path / "at once", 2, 2, 2, 2))
+    run(tmp_path / "in parts", 2, 1, 0, 0)
+    run(tmp_path / "in parts", 2, 2, 2, 1)
+    in_parts = load_file(run(tmp_path / "in parts", 2, 2, 2, 2))
     for name, tensor in at_once.items():
         torch.testing.assert_close(in_parts[name], tensor, rtol=0, atol=1e-3, msg=name)
     assert Segmenter.from_checkpoint(tmp_path / "in parts" / "out").info.model_version == "out"
 
 
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
-    alone = load_file(run(tmp_path / "alone", 1))
-    command = [sys.executable, "-m", "sam3_runner.training.demo", *arguments(tmp_path / "together", 1)]
+    alone = load_file(run(tmp_path / "alone", 1, 1, 0, 0))
+    command = [
+        sys.executable,
+        "-m",
+        "sam3_runner.training.demo",
+        *arguments(tmp_path / "together", 1, 1, 0, 0),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, "--processes", "2"], check=True, env=environment)
     together = load_file(tmp_path / "together" / "out" / "model.safetensors")
@@ -221,12 +229,9 @@ def test_exemplars_of_a_batch_lie_in_order_and_without_needless_padding() -> Non
 
 
 def test_at_rest_the_encoders_do_not_change(tmp_path: Path) -> None:
-    words = ["--image-steps", "0", "--steps", "0"]
-    trainer_options = [*arguments(tmp_path, 1), *words]
     torch.manual_seed(0)
     before = build_demo_model(demo_tokenizer()).half().state_dict()
-    train(parse_options(trainer_options))
-    after = load_file(tmp_path / "out" / "model.safetensors")
+    after = load_file(run(tmp_path, 0, 0, 1, 1))
     moved = {name.split(".")[0] for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert moved == {
         "geometry_encoder",
