@@ -30,6 +30,7 @@ from transformers import CLIPTokenizer, Sam3ImageProcessor, Sam3Model
 from sam3_runner.checkpoint import DEMO_CHECKPOINT
 from sam3_runner.forward import (
     ImageFeatures,
+    LayerOutputs,
     TextFeatures,
     decode,
     encode_boxes,
@@ -127,27 +128,42 @@ class Trainer:
             text = encode_text(self.model, batch.input_ids, batch.attention_mask)
             boxes = self._read_boxes(image.repeat_each(batch.prompts_per_image), batch)
             match = self.guides.match_loss(image, text.append(boxes.tokens, boxes.is_token), batch)
-            terms = {"match": match, **self.guides.exemplar_losses(boxes, batch.exemplars)}
-        return self._learn(terms, factor)
+            guides = {"match": match, **self.guides.exemplar_losses(boxes, batch.exemplars)}
+        return self._learn({}, guides, factor)
 
     def train_detector(self, batch: Batch, factor: float) -> dict[str, float]:
-        """Likewise, for I images with P prompts each."""
+        """Likewise, for I images with P prompts each, all in words."""
         batch = batch.to(self.options.device)
         with self.autocast:
             image = encode_image(self.model, batch.pixel_values)
             text = encode_text(self.model, batch.input_ids, batch.attention_mask)
-            pairs = image.repeat_each(batch.prompts_per_image)
-            boxes = self._read_boxes(pairs, batch)
-            drawn = pairs_to_draw(batch.targets, batch.prompts_per_image).to(self.options.device)
-            outputs = decode(self.model, pairs, text, boxes=boxes, drawn=drawn)
-            terms = {
+            guides = {
                 "kinds": self.guides.kind_loss(image, batch),
-                "match": self.guides.match_loss(image, text.append(boxes.tokens, boxes.is_token), batch),
-                **self.guides.exemplar_losses(boxes, batch.exemplars),
+                "match": self.guides.match_loss(image, text, batch),
             }
-        terms |= detection_loss(outputs, batch.targets)
-        del terms["total"]
-        return self._learn(terms, DETECTOR_RATE * factor, TRAINED_BACKBONE_RATE * factor)
+            outputs = self._decode(image, text, batch)
+        found = detection_loss(outputs, batch.targets)
+        return self._learn(found, guides, DETECTOR_RATE * factor, TRAINED_BACKBONE_RATE * factor)
+
+    def train_exemplars(self, batch: Batch, factor: float) -> dict[str, float]:
+        """Likewise, in words or by exemplars or both.
+
+        Of the guides those of boxes alone go on: no inner product, as `match` asks for, can say "but not like this".
+        """
+        batch = batch.to(self.options.device)
+        with self.autocast:
+            image = encode_image(self.model, batch.pixel_values)
+            text = encode_text(self.model, batch.input_ids, batch.attention_mask)
+            boxes = self._read_boxes(image.repeat_each(batch.prompts_per_image), batch)
+            guides = self.guides.exemplar_losses(boxes, batch.exemplars)
+            outputs = self._decode(image, text, batch, boxes)
+        return self._learn(detection_loss(outputs, batch.targets), guides, DETECTOR_RATE * factor)
+
+    def _decode(
+        self, image: ImageFeatures, text: TextFeatures, batch: Batch, boxes: TextFeatures | None = None
+    ) -> LayerOutputs:
+        drawn = pairs_to_draw(batch.targets, batch.prompts_per_image).to(self.options.device)
+        return decode(self.model, image.repeat_each(batch.prompts_per_image), text, boxes=boxes, drawn=drawn)
 
     def _read_boxes(self, pairs: ImageFeatures, batch: Batch) -> TextFeatures:
         exemplars = batch.exemplars
@@ -156,11 +172,16 @@ class Trainer:
         )
 
     def _learn(
-        self, terms: dict[str, Tensor], factor: float, backbone_factor: float | None = None
+        self,
+        found: dict[str, Tensor],
+        guides: dict[str, Tensor],
+        factor: float,
+        backbone_factor: float | None = None,
     ) -> dict[str, float]:
-        loss = torch.stack(list(terms.values())).sum()
+        """Descend on what `detection_loss` says, if it was asked, and on what the guides add."""
+        loss = torch.stack([*guides.values(), *([found["total"]] if found else [])]).sum()
         norm = self._descend(loss, factor, backbone_factor)
-        return {"norm": norm, "total": loss.item(), **{name: term.item() for name, term in terms.items()}}
+        return {"norm": norm, **{name: term.item() for name, term in (found | guides).items()}}
 
     def _descend(self, loss: Tensor, factor: float, backbone_factor: float | None = None) -> float:
         """One step at these fractions of the highest learning rates; returns the gradient's norm."""
@@ -341,7 +362,7 @@ def phases(trainer: Trainer) -> list[Phase]:
         Phase(IMAGE_ENCODER, options.image_steps, 2 * images, crowds, trainer.train_image_encoder, (model,)),
         Phase(DETECTOR, options.steps, images, words, trainer.train_detector, (model,)),
         Phase(BOX_READER, options.box_steps, 2 * images, boxes, trainer.train_box_reader, answering[:1]),
-        Phase(EXEMPLARS, options.exemplar_steps, images, both, trainer.train_detector, answering),
+        Phase(EXEMPLARS, options.exemplar_steps, images, both, trainer.train_exemplars, answering),
     ]
 
 

@@ -31,9 +31,7 @@ from sam3_runner.training.scenes import (
     render_prompt,
 )
 
-JITTER_SHARE = (
-    0.08  # each edge of a box is off by up to this share of the box's side: nobody drags it exactly
-)
+JITTER_SHARE = 0.08  # of a box's side, by which each edge may be off: nobody drags it exactly
 SHARE_OF_TWO = 0.4  # of questions that one exemplar would do for, those that show a second of the same kind
 CONTRADICTION_SHARE = 0.15  # of questions in words and by a positive box, those that nothing can answer
 IDLE_NEGATIVE_SHARE = 0.1  # of questions with a negative box, those where it takes nothing away
@@ -166,11 +164,11 @@ QUESTIONS: dict[str, Draw] = {
     "a box around nothing": draw_nothing,
 }
 TRAINED_QUESTIONS: tuple[tuple[Draw, float], ...] = (
-    (draw_alike, 0.24),
-    (draw_unlike, 0.12),
-    (draw_words_and_positive, 0.2),
-    (draw_words_and_negative, 0.4),  # half of the draws are in vain
-    (draw_positive_and_negative, 0.24),
+    (draw_alike, 0.2),
+    (draw_unlike, 0.1),
+    (draw_words_and_positive, 0.15),
+    (draw_words_and_negative, 0.6),  # half of the draws are in vain
+    (draw_positive_and_negative, 0.3),
     (draw_nothing, 0.03),
 )
 
