@@ -23,6 +23,7 @@ import bentoml
 
 from api.app import create_app
 from api.backend import check_settings, make_backend, prepare_journal
+from api.bento_schema import BentoSchemaMiddleware
 from api.config import DEFAULT_PORT, LOOPBACK, ConfigurationError, Settings, read_settings
 from api.lifecycle import (
     count_as_caller,
@@ -235,3 +236,4 @@ _runner: Any = Sam3Runner  # a `bentoml.Service`, which the type of a decorated 
 _runner.add_asgi_middleware(OnlyOurBodies)
 _backend: Any = S3Backend
 _backend.add_asgi_middleware(EnvelopeMiddleware, state=app.state, cors_origins=settings.cors_origins)
+_backend.add_asgi_middleware(BentoSchemaMiddleware)

@@ -7,6 +7,7 @@ BentoML's own routes (`/livez`, `/readyz`, …) stay beside it. Errors are raise
 from __future__ import annotations
 
 import asyncio
+import mimetypes
 import re
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
@@ -19,7 +20,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from api import metrics
+from api import metrics, playground
 from api.backend import Backend
 from api.errors import (
     BodyTooLarge,
@@ -36,16 +37,19 @@ from api.requests import RECORD, RequestRecord
 from api.routes import ROUTES, RouteSpec
 from api.schemas import BatchRequest, PredictRequest, RequestT, parse_request
 from sam3_runner import rle
-from sam3_runner.errors import ImageError, ImageTooLarge, InvalidPrompt, TooManyPrompts
+from sam3_runner.errors import ImageError, ImageTooLarge, InvalidPrompt, TooManyPrompts, UnsupportedPrompt
 from sam3_runner.images import ImageHeader
+from sam3_runner.outputs import KINDS
 from sam3_runner.text import MAX_PROMPTS, PromptChecker
 from sam3_runner.types import ModelInfo, Prompt, Segmentation
 from storage import ObjectNotFound
 from storage.keys import validate_key
-from tasks.pipeline import Job, JobOutcome, PromptOutcome
+from tasks.job import Job
+from tasks.pipeline import JobOutcome, PromptOutcome, document
 
 T = TypeVar("T")
 
+MAX_INLINE_BYTES = 65_536  # of a document in an answer
 _UPLOAD_KEY = re.compile(r"uploads(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)+\Z")
 _MAX_UPLOAD_KEY_CHARS = 255
 _MASKS_PREFIX = "masks/"
@@ -122,6 +126,14 @@ async def _docs(request: Request, backend: Backend, record: RequestRecord) -> Re
     return Response(request.app.state.document, media_type="application/json")
 
 
+async def _playground(request: Request, backend: Backend, record: RequestRecord) -> Response:
+    return playground.page(backend.settings.r2_public_url)
+
+
+async def _playground_file(request: Request, backend: Backend, record: RequestRecord) -> Response:
+    return playground.file(request.path_params["file"], backend.settings.r2_public_url)
+
+
 async def _model_info(request: Request, backend: Backend, record: RequestRecord) -> Response:
     model = backend.watch.require()
     return _json(
@@ -179,13 +191,15 @@ async def _read_job(request: Request, backend: Backend, record: RequestRecord, s
         user_id=asked.user_id,
         image_url=asked.image_url,
         prompts=asked.all_prompts,
-        score_threshold=asked.score_threshold,
         request_id=record.request_id,
         is_batch=isinstance(asked, BatchRequest),
+        region=None if asked.region is None else asked.region.region,
+        outputs=None if asked.outputs is None else tuple(dict.fromkeys(asked.outputs)),
+        polygon_tolerance_px=float(asked.polygon_tolerance_px),
     )
     try:
         _check_prompts(backend.prompts, asked)
-    except (PromptRefused, TooManyPrompts) as error:
+    except (PromptRefused, TooManyPrompts, UnsupportedPrompt) as error:
         await backend.executor.refuse(job, error)
         raise
     return job
@@ -208,7 +222,7 @@ def _accepted(job: Job) -> Response:
 
 def _check_prompts(check: PromptChecker, asked: PredictRequest | BatchRequest) -> None:
     try:
-        check.check([Prompt(text) for text in asked.all_prompts])
+        check.check(asked.all_prompts)
     except InvalidPrompt as error:
         details = tuple(
             {"field": asked.field_of_prompt(index), "message": message}
@@ -218,9 +232,9 @@ def _check_prompts(check: PromptChecker, asked: PredictRequest | BatchRequest) -
         raise PromptRefused(str(error), details) from error
 
 
-def _why_refused(check: PromptChecker, text: str) -> str | None:
+def _why_refused(check: PromptChecker, prompt: Prompt) -> str | None:
     try:
-        check.check([Prompt(text)])
+        check.check([prompt])
     except InvalidPrompt as error:
         return str(error)
     return None
@@ -271,14 +285,29 @@ async def _in_pool(backend: Backend, call: Callable[..., T], *arguments: Any) ->
 def _answer(job: Job, outcome: JobOutcome, elapsed_s: float) -> dict[str, Any]:
     """The body of predict, or of predict/batch."""
     results = [_result(job, outcome, prompt, elapsed_s) for prompt in outcome.prompts]
+    outputs = {} if job.outputs is None else {"outputs": _outputs(job, outcome)}
     if not job.is_batch:
-        return results[0]
+        return {**results[0], **outputs}
     return {
         "task_id": job.task_id,
         "results": results,
         "total_inference_time_ms": round(outcome.inference_time_ms, 3),
         "mask_url": outcome.mask_url,
+        **outputs,
     }
+
+
+def _outputs(job: Job, outcome: JobOutcome) -> dict[str, Any]:
+    """What was asked for, each with its URL; small documents as they are, too."""
+    told: dict[str, Any] = {}
+    for name in job.outputs or ():
+        if name == "mask":
+            told[name] = {"url": outcome.mask_url, "media_type": "image/png"}
+            continue
+        told[name] = {"url": outcome.output_urls[name], "media_type": KINDS[name].media_type}
+        if KINDS[name].is_document and len(data := document(job, outcome, name)) <= MAX_INLINE_BYTES:
+            told[name]["inline"] = orjson.loads(data)
+    return told
 
 
 def _result(job: Job, outcome: JobOutcome, prompt: PromptOutcome, elapsed_s: float) -> dict[str, Any]:
@@ -290,22 +319,22 @@ def _result(job: Job, outcome: JobOutcome, prompt: PromptOutcome, elapsed_s: flo
         "labels": list(prompt.labels),
         "inference_time_ms": round(outcome.inference_time_ms, 3),
         "confidence": prompt.confidence,
-        "text_prompt": prompt.prompt,
-        "instances": _instances(prompt.segmentation),
+        "text_prompt": prompt.prompt.text,
+        "instances": _instances(prompt.segmentation, has_rle=job.makes("rle")),
         "image_size": {"width": width, "height": height},
-        "score_threshold": job.score_threshold,
+        "score_threshold": prompt.prompt.selection.score_threshold,
         "timings_ms": {**timings, "total": round(elapsed_s * 1000, 3)},
         "model": {"name": outcome.model.model_name, "version": outcome.model.model_version},
     }
 
 
-def _instances(found: Segmentation) -> list[dict[str, Any]]:
+def _instances(found: Segmentation, *, has_rle: bool) -> list[dict[str, Any]]:
     return [
         {
             "score": float(score),
             "box_xyxy_px": box.tolist(),
             "area_px": rle.area_px(mask),
-            "mask_rle": rle.to_coco(mask),
+            "mask_rle": rle.to_coco(mask) if has_rle else None,
         }
         for score, box, mask in zip(found.scores, found.boxes_xyxy_px, found.masks, strict=True)
     ]
@@ -320,7 +349,7 @@ async def _get_file(request: Request, backend: Backend, record: RequestRecord) -
     except ObjectNotFound as error:
         raise RouteNotFound(f"There is no file {key!r}.") from error
     if is_mask:
-        media_type = "image/png"
+        media_type = mimetypes.guess_type(key)[0] or "application/octet-stream"
     else:
         media_type = await _media_type_of_file(backend, data)
     return Response(data, media_type=media_type, headers={"x-content-type-options": "nosniff"})
@@ -361,6 +390,8 @@ _HANDLERS: dict[str, Handler] = {
     "health": _health,
     "metrics": _metrics,
     "docs": _docs,
+    "playground": _playground,
+    "playground_file": _playground_file,
     "predict": _predict,
     "predict_batch": _predict_batch,
     "model_info": _model_info,

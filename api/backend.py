@@ -140,7 +140,8 @@ class Backend:
 
     async def _journal_health(self) -> dict[str, Any]:
         waiting = await self.tasks_waiting()
-        return {"status": "ok" if waiting else "down", "waiting": sum(waiting.values())}
+        is_ok = bool(waiting) and self.journal.is_writable
+        return {"status": "ok" if is_ok else "down", "waiting": sum(waiting.values())}
 
     async def aclose(self) -> None:
         """Leave to the journal what still runs, then free processes, threads and connections."""

@@ -127,6 +127,39 @@ RESPONSES: dict[str, dict[str, Any]] = {
     "put_file": {"url": f"{_LOCAL}/uploads/desk.jpg", "key": "uploads/desk.jpg"},
 }
 
+BATCH_PROMPTS: list[Any] = [
+    "red circle",
+    {"text_prompt": "square", "score_threshold": 0.3},
+    {
+        "boxes": [
+            {"xyxy": [70, 10, 110, 50]},
+            {"xyxy": [0, 0.5, 0.2, 0.9], "label": "negative", "unit": "relative"},
+        ]
+    },
+]
+
+OUTPUTS: dict[str, Any] = {
+    "boxes": {
+        "url": f"https://images.example.com/masks/{_TASK}.boxes.json",
+        "media_type": "application/json",
+        "inline": {
+            "image_size": _SIZE,
+            "instances": [
+                {
+                    "number": 1,
+                    "label": "red circle",
+                    "score": _CIRCLE["score"],
+                    "box_xyxy_px": _CIRCLE["box_xyxy_px"],
+                }
+            ],
+        },
+    },
+    "overlay": {
+        "url": f"https://images.example.com/masks/{_TASK}.overlay.jpg",
+        "media_type": "image/jpeg",
+    },
+}
+
 ACCEPTED: dict[str, Any] = {"task_id": _TASK, "status": "processing"}
 
 ERROR: dict[str, Any] = {

@@ -49,28 +49,16 @@ class RequestMetrics:
             buckets=_SECONDS,
             registry=registry,
         )
-        self._stages = Histogram(
-            "s3_stage_seconds",
-            "Seconds spent in one stage of a segmentation; stages overlap.",
-            ["stage"],
-            buckets=_SECONDS,
-            registry=registry,
-        )
         self._errors = Counter("s3_errors", "Error responses by code.", ["code"], registry=registry)
         self._auth_failures = Counter(
             "s3_auth_failures", "Requests with a missing or wrong key.", registry=registry
         )
-        for stage in STAGES:
-            self._stages.labels(stage)
 
     def observe(self, request: RequestRecord) -> None:
         """Count one answered request."""
         method = request.method if request.method in _METHODS else "other"  # callers may invent any
         self._requests.labels(method, request.route, str(request.status)).inc()
         self._seconds.labels(request.route).observe(request.elapsed_s)
-        for stage, ms in request.stage_ms.items():
-            if stage in STAGES and ms > 0:  # 0: the request did not come so far
-                self._stages.labels(stage).observe(ms / 1000)
         if request.status >= 400:
             self._errors.labels(request.outcome).inc()
         if request.status == 401:
@@ -115,14 +103,26 @@ class TaskMetrics:
             multiprocess_mode="livemin",
             registry=registry,
         )
+        self._stages = Histogram(
+            "s3_stage_seconds",
+            "Seconds spent in one stage of a segmentation; stages overlap.",
+            ["stage"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
         for outcome in OUTCOMES:
             self._ended.labels(outcome)
+        for stage in STAGES:
+            self._stages.labels(stage)
         self.storage_is_up(True)
         self.rows_are_up(True)
 
-    def ended(self, outcome: str) -> None:
-        """Count a task that ended, as `done` or as `error`."""
+    def ended(self, outcome: str, stage_ms: Mapping[str, float]) -> None:
+        """Count a task that ended, as `done` or as `error`, and the time of each stage that it came to."""
         self._ended.labels(outcome).inc()
+        for stage, ms in stage_ms.items():
+            if stage in STAGES and ms > 0:  # 0: it did not come so far
+                self._stages.labels(stage).observe(ms / 1000)
 
     def retried(self, step: str) -> None:
         """Count another try of a step of the pipeline."""

@@ -23,9 +23,6 @@ logger = logging.getLogger("api")
 
 # Asked every few seconds by machines: counted, but logged only when something is broken.
 QUIET_PATHS = frozenset({"/health", "/livez", "/healthz", "/readyz", "/metrics"})
-# BentoML's page to try an API by hand: it makes browsers load a script from elsewhere. ("": a request for the bare
-# host.)
-HIDDEN_PATHS = frozenset({"", "/"})
 UNMATCHED = "unmatched"  # the route of a path that is none: such paths must not label metrics
 
 _ID_HEADER = REQUEST_ID_HEADER.lower().encode()
@@ -88,8 +85,6 @@ class EnvelopeMiddleware:
         try:
             if is_guarded(scope["path"]):
                 await self._state.backend.key_check.require(scope)
-            if scope["path"] in HIDDEN_PATHS:
-                raise error_of_status(404, scope["method"], scope["path"], {})
             await self._app(scope, receive, send)
         except Exception as error:  # the outermost edge: nothing may leave in another form
             answer = answer_of(error)

@@ -97,6 +97,9 @@ def _parameters(spec: RouteSpec) -> list[dict[str, Any]]:
     if "{task_id}" in spec.path:
         task_id = {"name": "task_id", "in": "path", "required": True, "schema": {"type": "string"}}
         parameters.append(task_id)
+    if "{file}" in spec.path:
+        file = {"name": "file", "in": "path", "required": True, "schema": {"type": "string"}}
+        parameters.append(file)
     if "{key}" in spec.path:
         description = "May contain slashes, as `uploads/desk.jpg`."
         key = {

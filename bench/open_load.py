@@ -92,15 +92,18 @@ async def _send(
 
 async def _send_slowly(target: Target, load: OpenLoad, first: int, seconds: float) -> None:
     """One after the other, about the tasks behind those of the others."""
-    for number in range(int(seconds / SLOW_EVERY_S)):
-        ends = asyncio.get_running_loop().time() + SLOW_EVERY_S
+    loop, number = asyncio.get_running_loop(), 0
+    stops = loop.time() + seconds - SLOW_EVERY_S
+    while loop.time() < stops:
+        ends = loop.time() + SLOW_EVERY_S
         try:
             async with asyncio.timeout(ANSWER_WITHIN_S):
                 load.slow.append(await _ask_slowly(target, target.bodies.of(first + number)))
         except READ_ERRORS as error:
             load.slow.append((type(error).__name__, 0.0))
         # Not at the moment of its own answer, when the place that it had is free.
-        await asyncio.sleep(max(SLOW_GAP_S, ends - asyncio.get_running_loop().time()))
+        await asyncio.sleep(max(SLOW_GAP_S, ends - loop.time()))
+        number += 1
 
 
 async def _ask_slowly(target: Target, body: bytes) -> tuple[str, float]:

@@ -1,11 +1,13 @@
-"""What the journal costs: the service before it beside the service after it, in one run.
+"""What the journal costs: the service before it, with it in memory, and as it is, in one run.
 
     python -m bench.reliability                    # before: the commit in front of the one that brought the journal
     python -m bench.reliability --before COMMIT --after COMMIT    # … or any two
 
-Both run side by side on the demo checkpoint and local storage, and are asked in turn, a burst each, so that whatever
-else the machine does falls on both. They are asked about one image again and again: the model takes as little of the
-time as it can, and what is around it shows. The exit status is 1 if either made an error.
+`before` tells what the executor, the journal and all else that came since cost together; `in memory` is today's code
+without a disk (`bench.journalless`), and tells what the journal itself costs. They run side by side on the demo
+checkpoint and local storage, and are asked in turn, a burst each, so that whatever else the machine does falls on all.
+They are asked about one image again and again: the model takes as little of the time as it can, and what is around it
+shows. The exit status is 1 if one of them made an error.
 """
 
 from __future__ import annotations
@@ -32,13 +34,13 @@ from bench.service import PATH, WARM_UP, Place, await_ready, embedded_place, jpe
 from bench.timing import percentile
 
 JOURNAL = "tasks/journal.py"
-SERVE = ("-m", "bentoml", "serve", "service:S3Backend", "--host", "127.0.0.1", "--port", "{port}")
-SIDES = ("before", "after")
+SERVE = ("-m", "bentoml", "serve", "{module}:S3Backend", "--host", "127.0.0.1", "--port", "{port}")
+SIDES = ("before", "in memory", "after")
 
 
 @dataclass
 class Side:
-    """One of the two services while it runs, and what was measured of it.
+    """One of the services while it runs, and what was measured of it.
 
     Attributes:
         loads: By concurrency, one a round.
@@ -94,22 +96,23 @@ def commit_before_journal() -> str:
 
 
 @contextlib.contextmanager
-def running(root: Path) -> Iterator[Side]:
+def running(root: Path, module: str = "service") -> Iterator[Side]:
     """The service made of the files in a folder, on local storage with images in it."""
+    serve = tuple(part.replace("{module}", module) for part in SERVE)
     with tempfile.TemporaryDirectory() as home, embedded_place(Path(home), jpegs()) as place:
         log = Path(home) / "log"
         variables = {**place.variables, "S3_ENV_FILE": "", "PYTHONPATH": ""}
-        with served(System("", (sys.executable, *SERVE), PATH, variables, root=root), log) as (port, process):
+        with served(System("", (sys.executable, *serve), PATH, variables, root=root), log) as (port, process):
             await_ready(port, process, log)
             press(place, port, *WARM_UP)
             yield Side(place, port, process)
 
 
 def figures(sides: Mapping[str, Side], concurrency: int) -> list[dict[str, Value]]:
-    """One level: before, after, and how they differ."""
+    """One level: each side, and beside the others how much more the last one takes."""
     rows: list[dict[str, Value]] = []
-    for name in SIDES:
-        side = sides[name]
+    *_, after = sides.values()
+    for name, side in sides.items():
         latencies = side.latencies_ms(concurrency)
         rows.append(
             {
@@ -123,15 +126,13 @@ def figures(sides: Mapping[str, Side], concurrency: int) -> list[dict[str, Value
                 "errors": sum(sum(load.errors.values()) for load in side.loads[concurrency]),
             }
         )
-    before, after = (sides[name] for name in SIDES)
-    ratios = [b / a for a, b in zip(before.per_s(concurrency), after.per_s(concurrency), strict=True)]
-    added = percentile(after.latencies_ms(concurrency), 0.5) - percentile(
-        before.latencies_ms(concurrency), 0.5
-    )
-    rows[-1] |= {
-        "throughput_ratio": f"{median(ratios):.3f} ({min(ratios):.3f}–{max(ratios):.3f})",
-        "added_p50_ms": f"{added:+.2f}",
-    }
+        if side is not after:
+            ratios = [b / a for a, b in zip(side.per_s(concurrency), after.per_s(concurrency), strict=True)]
+            added_ms = percentile(after.latencies_ms(concurrency), 0.5) - percentile(latencies, 0.5)
+            rows[-1] |= {
+                "after_is": f"{median(ratios):.3f} ({min(ratios):.3f}–{max(ratios):.3f}) of the throughput",
+                "after_adds_p50_ms": f"{added_ms:+.2f}",
+            }
     return rows
 
 
@@ -162,9 +163,10 @@ def main(arguments: list[str] | None = None) -> int:
         files_of(commit) as before_root,
         files_of(options.after) if options.after else contextlib.nullcontext(ROOT) as after_root,
         running(before_root) as old,
+        running(after_root, "bench.journalless") as memory,
         running(after_root) as new,
     ):
-        sides = {"before": old, "after": new}
+        sides = dict(zip(SIDES, (old, memory, new), strict=True))
         for turn in range(options.rounds):
             for concurrency in options.concurrency:
                 for name in SIDES if turn % 2 == 0 else reversed(SIDES):
@@ -173,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = [row for concurrency in options.concurrency for row in figures(sides, concurrency)]
     results_file.write(options.out, options.name, seen, rows)
     print(results_file.markdown(rows))
-    return int(bool(old.errors() or new.errors()))
+    return int(any(side.errors() for side in sides.values()))
 
 
 if __name__ == "__main__":

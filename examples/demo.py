@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,9 +36,10 @@ sys.path.insert(0, str(ROOT))  # run by its path, a script finds only its own fo
 
 from PIL import Image  # noqa: E402
 
+from sam3_runner.drawing import draw_overlay, numbered  # noqa: E402
 from sam3_runner.images import ImageLimits, open_image  # noqa: E402
-from sam3_runner.masks import draw_overlay  # noqa: E402
 from sam3_runner.rle import from_coco  # noqa: E402
+from sam3_runner.types import Segmentation  # noqa: E402
 from tasks.local import LocalTasks  # noqa: E402
 from tasks.store import TaskRow  # noqa: E402
 
@@ -345,11 +347,19 @@ def write_results(
 
 def save_overlay(path: Path, image_bytes: bytes, results: list[dict[str, Any]]) -> None:
     """Paint every instance of every result over the upright image, each with its prompt and score."""
-    found = [(result["text_prompt"], instance) for result in results for instance in result["instances"]]
-    masks = [from_coco(instance["mask_rle"]) for _, instance in found]
-    labels = [f"{prompt} {instance['score']:.2f}" for prompt, instance in found]
+    found = [(result["text_prompt"], segmentation_of(result["instances"])) for result in results]
     limits = ImageLimits(max_pixels=1_000_000_000)  # the service has judged it already
-    Image.fromarray(draw_overlay(open_image(image_bytes, limits), masks, labels)).save(path)
+    pixels = open_image(image_bytes, limits)
+    Image.fromarray(draw_overlay(pixels, numbered(found, (pixels.shape[0], pixels.shape[1])))).save(path)
+
+
+def segmentation_of(instances: list[dict[str, Any]]) -> Segmentation:
+    """What an answer says of one prompt's instances."""
+    return Segmentation(
+        np.array([instance["score"] for instance in instances], np.float32),
+        np.array([instance["box_xyxy_px"] for instance in instances], np.float32).reshape(-1, 4),
+        tuple(from_coco(instance["mask_rle"]) for instance in instances),
+    )
 
 
 async def read_row(data_dir: Path, task_id: str) -> TaskRow | None:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sam3_runner.errors import CheckpointError
-from sam3_runner.weights_file import form_of, unreadable
+from sam3_runner.weights_file import form_of, names_any, unreadable
 
 if TYPE_CHECKING:
     import torch
     from transformers import Sam3Model
+
+    from sam3_runner.clicks import ClickModel
 
 DEMO_CHECKPOINT = Path(__file__).parent.parent / "weights" / "demo"
 MODEL_TYPES = ("sam3", "sam3_video")  # the image layout, and the video layout, which holds the detector too
@@ -20,6 +22,8 @@ MODEL_TYPES = ("sam3", "sam3_video")  # the image layout, and the video layout, 
 INDEX, PREFERRED = "model.safetensors.index.json", ("model.safetensors", "sam3.pt")
 WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 EXPECTED = "expected SAM3's weights: Meta's sam3.pt, a safetensors file, or a Hugging Face directory"
+# What some names begin with where there is an interactive head: those of its mask decoder, Meta's and transformers'.
+CLICK_MARKS = ("tracker.sam_mask_decoder.", "tracker_model.mask_decoder.")
 # What a file without config.json is: the one SAM3 that Meta published.
 FULL_INPUT_SIZE_PX = 1008
 FULL_MAX_TEXT_TOKENS = 32
@@ -33,11 +37,13 @@ class Checkpoint:
         path: As given: a directory or a file.
         files: The weights: one file, or the shards of one.
         config: The detector's part of `config.json`; empty for a file without one, which is the full SAM3.
+        tracker_config: The tracker's part; empty if it has none.
     """
 
     path: Path
     files: tuple[Path, ...]
     config: dict[str, Any]
+    tracker_config: dict[str, Any]
 
     @classmethod
     def open(cls, path: Path | str) -> Checkpoint:
@@ -57,7 +63,8 @@ class Checkpoint:
         files = _weights_in(path) if is_directory else (path,)
         for file in files:
             form_of(file)
-        return cls(path, files, config)
+        detector, tracker = (config.get(part) for part in ("detector_config", "tracker_config"))
+        return cls(path, files, config if detector is None else detector, tracker or {})
 
     @property
     def folder(self) -> Path:
@@ -83,6 +90,15 @@ class Checkpoint:
         text = self.config.get("text_config", {})
         return int(text.get("max_position_embeddings", FULL_MAX_TEXT_TOKENS))
 
+    @property
+    def answers_clicks(self) -> bool:
+        """Whether the interactive head lies with the detector, told by the names in the files.
+
+        Raises:
+            CheckpointError: a file is cut off or damaged.
+        """
+        return any(names_any(file, CLICK_MARKS) for file in self.files)
+
     def load_model(self, device: torch.device, dtype: torch.dtype | None = None) -> Sam3Model:
         """Load the weights straight onto `device`, ready for inference.
 
@@ -107,6 +123,28 @@ class Checkpoint:
         if contents.layout is not loading.IMAGE:  # with the tracker beside it: Meta's, in whatever form
             loading.compute_as_meta(model)
         return loading.fill(model, contents.detector, device, dtype or torch.float32)
+
+    def load_click_model(self, device: torch.device) -> ClickModel | None:
+        """Load what answers clicks, in float32; None if the files hold no interactive head.
+
+        Args:
+            device: Where parameters and buffers go.
+        Raises:
+            CheckpointError: as of `load_model`; what only a video needs is left where it is.
+        """
+        import torch
+
+        from sam3_runner import loading
+
+        contents = loading.read_contents(self.files)
+        if not contents.clicks:
+            return None
+        model = loading.unset_click_model(self.config, self.tracker_config)
+        if wrong := loading.misfits(model.state_dict(), contents.clicks):
+            raise CheckpointError(
+                f"{self.path} does not fit the interactive head: {loading.misfits_in_a_line(wrong)}"
+            )
+        return loading.fill(model, contents.clicks, device, torch.float32)
 
 
 def _weights_in(directory: Path) -> tuple[Path, ...]:
@@ -147,7 +185,7 @@ def _shards(directory: Path) -> tuple[Path, ...]:
 
 
 def _read_config(folder: Path, *, is_whole: bool) -> dict[str, Any]:
-    """The detector's configuration.
+    """The whole of `config.json`; empty if there is none.
 
     Args:
         folder: Where `config.json` may lie.
@@ -163,8 +201,7 @@ def _read_config(folder: Path, *, is_whole: bool) -> dict[str, Any]:
         raise CheckpointError(
             f"{file} is of model_type {config.get('model_type')!r}: expected one of {MODEL_TYPES}"
         )
-    detector: dict[str, Any] = config.get("detector_config", config)
-    return detector
+    return config
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import contextlib
 import ctypes
 import gc
 import io
+import json
 import math
 import mmap
 import os
@@ -31,6 +32,7 @@ import struct
 import sys
 import sysconfig
 import traceback
+from dataclasses import asdict, dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import Final, NoReturn
@@ -39,9 +41,27 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from sam3_runner.errors import ImageError, ImageTooLarge, UndecodableImage, UnsupportedImage
-from sam3_runner.images import READABLE_FORMATS, ImageLimits, decode_for_model, probe_image
+from sam3_runner import tags
+from sam3_runner.drawing import Found
+from sam3_runner.errors import (
+    ImageTooLarge,
+    InvalidInput,
+    InvalidRegion,
+    UndecodableImage,
+    UnsupportedImage,
+)
+from sam3_runner.images import (
+    READABLE_FORMATS,
+    ImageLimits,
+    Region,
+    decode_for_model,
+    decode_whole,
+    probe_image,
+)
 from sam3_runner.landlock import give_up_all_but_reading
+from sam3_runner.outputs import Order, make_outputs
+from sam3_runner.types import SegmentResult
+from sam3_runner.wire import decode_results, encode_results
 
 # --- what goes over the sockets -----------------------------------------------------------------------------
 
@@ -56,9 +76,11 @@ READY_WITHOUT_LANDLOCK: Final = b"ready, without Landlock"
 
 PROBE: Final = b"P"
 DECODE: Final = b"D"
-REQUEST: Final = struct.Struct(
-    "<IcQI"
-)  # its number; what to do; bytes of the file; side of the model's input
+DECODE_WHOLE: Final = b"W"
+MAKE_OUTPUTS: Final = b"M"
+# Its number; what to do; bytes of the file, and of what follows it; side of the model's input; a `_RegionUnit`, and the
+# region in it.
+REQUEST: Final = struct.Struct("<IcQQIB4d")
 REPLY: Final = struct.Struct(
     "<IBBII"
 )  # the request's number; an `Outcome`; index of the format; height and width
@@ -74,22 +96,100 @@ class Outcome(IntEnum):
     TOO_LARGE = 3
     OUT_OF_MEMORY = 4
     BUG = 5
+    INVALID_REGION = 6
 
 
 Answer = tuple[Outcome, int, int, int]  # a reply but for its number
 
-IMAGE_ERRORS: Final[dict[Outcome, type[ImageError]]] = {
+ERRORS: Final[dict[Outcome, type[InvalidInput]]] = {
     Outcome.UNSUPPORTED: UnsupportedImage,
     Outcome.UNDECODABLE: UndecodableImage,
     Outcome.TOO_LARGE: ImageTooLarge,
+    Outcome.INVALID_REGION: InvalidRegion,
 }
 
-# The shared memory: pixels first, then the file. Pages that nobody touched take nothing.
+
+class _RegionUnit(IntEnum):
+    NO_REGION = 0
+    PX = 1
+    RELATIVE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a child is asked for one file.
+
+    Attributes:
+        what: `PROBE`, `DECODE`, `DECODE_WHOLE` or `MAKE_OUTPUTS`.
+        input_size_px: Side of the model's input, for `DECODE`.
+        region: To look at, for `DECODE`; None: all of the image.
+        instances: For `MAKE_OUTPUTS`: the order and what was found, see `pack_instances`.
+        outputs: How many are ordered; the asker's alone.
+    """
+
+    what: bytes
+    input_size_px: int = 0
+    region: Region | None = None
+    instances: bytes = b""
+    outputs: int = 0
+
+    def pack(self, number: int, size: int) -> bytes:
+        """The message, about a file of `size` bytes."""
+        unit, xyxy = _RegionUnit.NO_REGION, (0.0,) * 4
+        if self.region is not None:
+            unit = _RegionUnit.RELATIVE if self.region.is_relative else _RegionUnit.PX
+            xyxy = self.region.xyxy
+        return REQUEST.pack(number, self.what, size, len(self.instances), self.input_size_px, unit, *xyxy)
+
+    @classmethod
+    def unpack(cls, message: bytes) -> tuple[int, int, int, Request]:
+        """Number, bytes of the file and of the instances, and the request but for these."""
+        number, what, size, more, input_size_px, unit, *xyxy = REQUEST.unpack(message)
+        region = None if unit == _RegionUnit.NO_REGION else Region(tuple(xyxy), unit == _RegionUnit.RELATIVE)
+        return number, size, more, cls(what, input_size_px, region)
+
+
+def pack_instances(order: Order, found: Found, size_hw: tuple[int, int]) -> bytes:
+    """What `outputs.make_outputs` is given, but for the pixels."""
+    header = {**asdict(order), "labels": [label for label, _ in found], "size_hw": size_hw}
+    text = json.dumps(header).encode()
+    results = encode_results([SegmentResult(tuple(segmentation for _, segmentation in found))])
+    return b"".join((_LENGTH.pack(len(text)), text, *results))
+
+
+def unpack_instances(data: bytes) -> tuple[Order, Found, tuple[int, int]]:
+    """What was packed; its arrays are views."""
+    begin = _LENGTH.size + _LENGTH.unpack_from(data)[0]
+    header = json.loads(data[_LENGTH.size : begin])
+    labels, (height, width) = header.pop("labels"), header.pop("size_hw")
+    order = Order(**{**header, "names": tuple(header["names"])})
+    (result,) = decode_results(data[begin:])
+    return order, [*zip(labels, result.segmentations, strict=True)], (height, width)
+
+
+_LENGTH: Final = struct.Struct("<I")
+
+
+# The shared memory: first what the child has made, then the file and what is said about it. Pages that nobody touched
+# take nothing.
 MAX_INPUT_SIZE_PX: Final = 4096
-FILE_AT: Final = 3 * MAX_INPUT_SIZE_PX**2
+MAX_INSTANCES_BYTES: Final = 256 << 20  # run lengths of 200 ordinary objects on 12 MP are 1 MB
+_MADE_BYTES_PER_PIXEL: Final = 8  # a PNG of noise with alpha takes 4, a JPEG of it 2, whole pixels 3
+
+
+def file_at(limits: ImageLimits) -> int:
+    """Where the file begins: behind the largest picture, on a page of its own."""
+    made_bytes = max(3 * MAX_INPUT_SIZE_PX**2, _MADE_BYTES_PER_PIXEL * limits.max_pixels)
+    return math.ceil(made_bytes / mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def shared_memory_bytes(limits: ImageLimits) -> int:
+    """How large the shared memory is."""
+    return file_at(limits) + limits.max_bytes + MAX_INSTANCES_BYTES
+
 
 # What a larger file or picture took is given back; what a smaller one took, the next finds there.
-_KEPT_BYTES: Final = 8 << 20
+KEPT_BYTES: Final = 8 << 20
 _KEPT_PIXELS: Final = 16_000_000
 
 _MAX_OPEN_FILES: Final = 16
@@ -230,37 +330,57 @@ class Child:
     def serve(self, greeting: bytes) -> None:
         """Until the asker is gone."""
         self._channel.send(greeting)
-        while request := self._channel.recv(REQUEST.size):
+        while message := self._channel.recv(REQUEST.size):
             self._grant_cpu_seconds()
-            number, what, size, input_size_px = REQUEST.unpack(request)
-            answer, text = self._answer(what, size, input_size_px)
+            number, size, more, request = Request.unpack(message)
+            answer, text = self._answer(size, more, request)
             self._channel.send(REPLY.pack(number, *answer) + text.encode(errors="replace")[-MAX_TEXT_BYTES:])
             if text or answer[2] * answer[3] > _KEPT_PIXELS:
                 gc.collect()  # tracebacks are cycles, and hold what was half decoded
                 _give_memory_back()
 
-    def _answer(self, what: bytes, size: int, input_size_px: int) -> tuple[Answer, str]:
+    def _answer(self, size: int, more: int, request: Request) -> tuple[Answer, str]:
         try:
-            data = self._take_file(size)
-            if what == PROBE:
+            data, instances = self._take(size, more)
+            if request.what == MAKE_OUTPUTS:
+                return self._make(data, instances)
+            if request.what == PROBE:
                 header = probe_image(data, self._limits)
                 return (Outcome.DONE, READABLE_FORMATS.index(header.format), *header.size_hw), ""
-            pixels, size_hw = decode_for_model(data, input_size_px, self._limits)
+            if request.what == DECODE_WHOLE:
+                pixels = decode_whole(data, self._limits)
+                size_hw = pixels.shape[0], pixels.shape[1]
+            else:
+                pixels, size_hw = decode_for_model(data, request.input_size_px, self._limits, request.region)
             np.frombuffer(self._memory, np.uint8, pixels.size)[:] = pixels.ravel()
             return (Outcome.DONE, 0, *size_hw), ""
-        except ImageError as error:
-            outcome = next(outcome for outcome, cls in IMAGE_ERRORS.items() if isinstance(error, cls))
+        except InvalidInput as error:
+            outcome = next(outcome for outcome, cls in ERRORS.items() if isinstance(error, cls))
             return (outcome, 0, 0, 0), str(error)
         except MemoryError:
             return (Outcome.OUT_OF_MEMORY, 0, 0, 0), "out of memory"
         except Exception:  # the edge of this process
             return (Outcome.BUG, 0, 0, 0), traceback.format_exc()
 
-    def _take_file(self, size: int) -> bytes:
-        data = os.pread(self._memory_fd, size, FILE_AT)
-        if size > _KEPT_BYTES:
-            self._memory.madvise(mmap.MADV_REMOVE, FILE_AT, len(self._memory) - FILE_AT)
-        return data
+    def _make(self, data: bytes, instances: bytes) -> tuple[Answer, str]:
+        """The outputs one after the other, and their sizes as a text."""
+        order, found, size_hw = unpack_instances(instances)
+        made = make_outputs(
+            order, found, size_hw, decode_whole(data, self._limits) if order.needs_pixels else None
+        )
+        whole = b"".join(made.values())
+        if len(whole) > file_at(self._limits):
+            raise MemoryError
+        self._memory[: len(whole)] = whole
+        return (Outcome.DONE, 0, *size_hw), json.dumps([len(one) for one in made.values()])
+
+    def _take(self, size: int, more: int) -> tuple[bytes, bytes]:
+        begin = file_at(self._limits)
+        data = os.pread(self._memory_fd, size, begin)
+        instances = os.pread(self._memory_fd, more, begin + size)
+        if size + more > KEPT_BYTES:
+            self._memory.madvise(mmap.MADV_REMOVE, begin, len(self._memory) - begin)
+        return data, instances
 
     def _grant_cpu_seconds(self) -> None:
         used = resource.getrusage(resource.RUSAGE_SELF)
@@ -292,10 +412,10 @@ def _confine(memory_bytes: int) -> bool:
 
 
 def _libraries() -> set[str]:
-    """Where Python looks for a module that is imported late."""
+    """Where Python looks for a module that is imported late; and fonts."""
     named = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     installed = {path for path in sys.path if path.endswith("-packages")}
-    return named | installed | {str(Path(__file__).parent), "/usr/lib", "/lib", "/lib64"}
+    return named | installed | {str(Path(__file__).parent), "/usr/lib", "/lib", "/lib64", str(tags.FONTS_DIR)}
 
 
 def _mapped_bytes(field: str) -> int:

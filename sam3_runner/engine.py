@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from sam3_runner.blocks import (
     TextEncoder,
     Weights,
 )
+from sam3_runner.clicks import ClickFeatures, ClickHead, ClickModel
 from sam3_runner.forward import TextFeatures
 from sam3_runner.graphs import CudaGraphs
 from sam3_runner.prebuilt import use_prebuilt_module
@@ -51,6 +52,8 @@ class EncodedImages:
         fine: (I, 4H, 4W, C), what the finest level adds to the pixels of masks.
         middle: (I, 2H, 2W, C), what the level between adds.
         coarse: (I, H·W, C) image tokens before that look, which boxes are encoded from.
+        seen: (I, H, W, C'), what the ViT made of them, where clicks are answered and there was none yet.
+        clickable: Of one image that was clicked on, in place of `seen`, which takes as much memory.
     """
 
     pixels: Tensor
@@ -58,22 +61,27 @@ class EncodedImages:
     fine: Tensor
     middle: Tensor
     coarse: Tensor
+    seen: Tensor | None = field(default=None, kw_only=True)
+    clickable: ClickFeatures | None = field(default=None, kw_only=True)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """In the order of the fields."""
+        """What words and boxes are answered from, in the order of the fields."""
         return self.pixels, self.geometry, self.fine, self.middle, self.coarse
 
     def split(self) -> list[EncodedImages]:
         """The images one by one, each in memory of its own."""
         return [
-            EncodedImages(*(tensor[row : row + 1].clone() for tensor in self.tensors))
+            EncodedImages(
+                *(tensor[row : row + 1].clone() for tensor in self.tensors),
+                seen=None if self.seen is None else self.seen[row : row + 1].clone(),
+            )
             for row in range(len(self.pixels))
         ]
 
     @classmethod
     def join(cls, images: Sequence[EncodedImages]) -> EncodedImages:
-        """Several as one."""
+        """Several as one, for words and boxes."""
         if len(images) == 1:
             return images[0]
         return cls(*(torch.cat(parts) for parts in zip(*(image.tensors for image in images), strict=True)))
@@ -81,7 +89,8 @@ class EncodedImages:
     @property
     def nbytes(self) -> int:
         """Memory of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors)
+        for_clicks = [part.nbytes for part in (self.seen, self.clickable) if part is not None]
+        return sum(tensor.nbytes for tensor in self.tensors) + sum(for_clicks)
 
 
 @dataclass(frozen=True)
@@ -115,15 +124,19 @@ class Engine(nn.Module):
 
     Attributes:
         max_rows: Images, prompts or pairs that one call takes.
+        clicks: What answers clicks; None if nothing does.
 
     Args:
         model: On any device, in float32; not changed, and not needed afterwards.
         device: Where to compute.
         dtype: What to compute in: float32; bfloat16, in which scores and boxes are still decided in float32; or
             float8_e4m3fn, in which the image encoder's matrices are multiplied, the rest being bfloat16.
+        clicks: The interactive head of the same checkpoint; likewise.
     """
 
-    def __init__(self, model: Sam3Model, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: Sam3Model, device: torch.device, dtype: torch.dtype, clicks: ClickModel | None = None
+    ) -> None:
         super().__init__()
         is_float8 = dtype == torch.float8_e4m3fn
         weights = Weights(device, torch.bfloat16 if is_float8 else dtype)
@@ -140,6 +153,7 @@ class Engine(nn.Module):
             self.queries = QueryDecoder(weights, model, position, self.backbone.grid)
             self.mask_embedder = MaskEmbedder(weights, model.mask_decoder)
             self.pixel_decoder = PixelDecoder(weights, model.mask_decoder)
+            self.clicks = None if clicks is None else ClickHead(weights, clicks)
         self.requires_grad_(False).eval()
         self._device = device
         self._is_compiled = False
@@ -163,7 +177,14 @@ class Engine(nn.Module):
 
         The result may be overwritten by the next call; `split` copies it.
         """
-        return EncodedImages(*self._encode_images(pixels))
+        tensors = self._encode_images(pixels)
+        return EncodedImages(*tensors[:5], seen=None if self.clicks is None else tensors[5])
+
+    def prepare_clicks(self, image: EncodedImages) -> EncodedImages:
+        """One image, with its `clickable` set. Only where `clicks` is set."""
+        if self.clicks is None or image.seen is None:
+            return image
+        return replace(image, seen=None, clickable=self.clicks.encode(image.seen))
 
     def encode_texts(self, input_ids: Tensor, attention_mask: Tensor) -> TextFeatures:
         """Encode B prompts, at most `max_rows`: (B, T) tokens, and 1 where a token is real.
@@ -245,10 +266,12 @@ class Engine(nn.Module):
             part.compile(fullgraph=True)
 
     def _run_encode_images(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        fine, middle, coarse = self.neck(self.backbone(pixels))
+        seen = self.backbone(pixels)
+        fine, middle, coarse = self.neck(seen)
         tokens = coarse.flatten(1, 2)
         prepared = self.pixel_decoder.prepare(fine, middle)
-        return self.looks_at_image[0](tokens), self.geometry(tokens), *prepared, tokens
+        for_clicks = () if self.clicks is None else (seen,)
+        return self.looks_at_image[0](tokens), self.geometry(tokens), *prepared, tokens, *for_clicks
 
     def _run_encode_texts(self, input_ids: Tensor) -> tuple[Tensor]:
         return (self.text(input_ids),)

@@ -5,6 +5,8 @@ RunnerError
 │   ├── InvalidPrompt         blank, with a special token in it, or longer than the text encoder reads
 │   ├── TooManyPrompts
 │   ├── UnsupportedPrompt     of a kind that this checkpoint cannot answer
+│   ├── InvalidRegion         nothing of the image lies in it
+│   ├── OutputTooLarge        takes more time or memory than there is for it
 │   └── ImageError
 │       ├── UnsupportedImage  not a kind of file we read
 │       ├── UndecodableImage  the right kind, but broken
@@ -33,6 +35,14 @@ class TooManyPrompts(InvalidInput):
 
 class UnsupportedPrompt(InvalidInput):
     """A kind of prompt that the loaded checkpoint cannot answer."""
+
+
+class InvalidRegion(InvalidInput):
+    """A region of an image that has no area, or none inside the image."""
+
+
+class OutputTooLarge(InvalidInput):
+    """Making the outputs that were asked for takes more time or memory than there is."""
 
 
 class ImageError(InvalidInput):

@@ -37,9 +37,16 @@ def describe(checkpoint: Checkpoint) -> Description:
     contents = loading.read_contents(checkpoint.files)
     with torch.device("meta"):  # names and shapes, without memory behind them
         expected = loading.unset_model(checkpoint.config).state_dict()
-    faults = []
-    if wrong := loading.misfits(expected, contents.detector):
-        faults.append(f"{checkpoint.path} does not fit the model: {loading.misfits_in_a_line(wrong)}")
+        misfits = {"model": loading.misfits(expected, contents.detector)}
+        if contents.clicks:
+            head = loading.unset_click_model(checkpoint.config, checkpoint.tracker_config).state_dict()
+            misfits["interactive head"] = loading.misfits(head, contents.clicks)
+    faults = [
+        f"{checkpoint.path} does not fit the {part}: {loading.misfits_in_a_line(wrong)}"
+        for part, wrong in misfits.items()
+        if wrong
+    ]
+    does_fit = not faults
     try:
         PromptChecker.from_checkpoint(checkpoint.path)
         tokenizer = "present"
@@ -52,10 +59,13 @@ def describe(checkpoint: Checkpoint) -> Description:
         "files": ", ".join(file.name for file in checkpoint.files),
         "size": f"{sum(file.stat().st_size for file in checkpoint.files) / 1e9:.3f} GB",
         "detector": _parameters(contents.detector.values()),
-        "tracker": f"{_parameters(contents.tracker.values())}; not used" if contents.tracker else "none",
+        "tracker": _parameters(contents.tracker.values()) if contents.tracker else "none",
+        "clicks": f"answered, by {_parameters(contents.clicks.values())}"
+        if contents.clicks
+        else "not answered",
         "input": f"{size} × {size} px, texts of up to {checkpoint.max_text_tokens} tokens",
         "tokenizer": tokenizer,
-        "fits": "no" if wrong else "yes, every tensor",
+        "fits": "yes, every tensor" if does_fit else "no",
     }
     return Description(tuple(lines.items()), tuple(faults))
 

@@ -1,16 +1,17 @@
-"""The names of Meta's `sam3.pt`, and what they are called in transformers' `Sam3Model`.
+"""The names of Meta's `sam3.pt`, and what they are called in transformers' `Sam3Model` and in our `ClickModel`.
 
-`sam3.pt` is the state of Meta's video model: `detector.*`, the image model that we run, and `tracker.*`. The two
-packages cut the same network into modules of other names; Meta fuses the three input projections of an attention.
-Read from Meta's package `sam3` 0.1.4 and transformers 5.23; the parity test builds both and compares every name and
-shape, both ways.
+`sam3.pt` is the state of Meta's video model: `detector.*`, the image model that we run, and `tracker.*`, of which we
+run what answers clicks. The two packages cut the same network into modules of other names; Meta fuses the three input
+projections of an attention in the detector. Read from Meta's package `sam3` 0.1.4 and transformers 5.23; the parity
+test builds both and compares every name and shape, both ways.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
 
 DETECTOR = "detector."
@@ -146,10 +147,79 @@ TEXT_PROJECTION = "backbone.language_backbone.encoder.text_projection"  # (C, D)
 # `**` stands for the rest of a name.
 DROPPED = {
     "backbone.vision_backbone.trunk.blocks.*.attn.freqs_cis": "rotary table: computed from the configuration",
-    "backbone.vision_backbone.sam2_convs.**": "feature pyramid of the tracker: its output is no input of the detector",
+    "backbone.vision_backbone.sam2_convs.**": "feature pyramid of the tracker: see CLICK_MODULES",
     "geometry_encoder.points_direct_project.**": "point prompts: Meta's detector ignores them too, its tracker answers",
     "geometry_encoder.points_pool_project.**": "point prompts",
     "geometry_encoder.points_pos_enc_project.**": "point prompts",
+}
+
+# Their module: ours, of what answers clicks: the tracker's pyramid, its prompt encoder and its mask decoder.
+PYRAMID = "detector.backbone.vision_backbone.sam2_convs."
+_CLICKS, _MASKS = "tracker.sam_prompt_encoder.", "tracker.sam_mask_decoder."
+_TWO_WAY = "transformer.layers.*."
+CLICK_MODULES = {
+    f"{PYRAMID}*.dconv_2x2_0": "neck.fpn_layers.*.scale_layers.0",
+    f"{PYRAMID}*.dconv_2x2_1": "neck.fpn_layers.*.scale_layers.2",
+    f"{PYRAMID}*.dconv_2x2": "neck.fpn_layers.*.scale_layers.0",
+    f"{PYRAMID}*.conv_1x1": "neck.fpn_layers.*.proj1",
+    f"{PYRAMID}*.conv_3x3": "neck.fpn_layers.*.proj2",
+    # prompt encoder
+    f"{_CLICKS}not_a_point_embed": "prompt_encoder.not_a_point_embed",
+    f"{_CLICKS}no_mask_embed": "prompt_encoder.no_mask_embed",
+    f"{_CLICKS}mask_downscaling.0": "prompt_encoder.mask_embed.conv1",
+    f"{_CLICKS}mask_downscaling.1": "prompt_encoder.mask_embed.layer_norm1",
+    f"{_CLICKS}mask_downscaling.3": "prompt_encoder.mask_embed.conv2",
+    f"{_CLICKS}mask_downscaling.4": "prompt_encoder.mask_embed.layer_norm2",
+    f"{_CLICKS}mask_downscaling.6": "prompt_encoder.mask_embed.conv3",
+    # mask decoder: its transformer, whose attentions keep their projections apart
+    **{
+        f"{_MASKS}{attention}.{theirs}": f"mask_decoder.{attention}.{ours}"
+        for attention in (
+            f"{_TWO_WAY}self_attn",
+            f"{_TWO_WAY}cross_attn_token_to_image",
+            f"{_TWO_WAY}cross_attn_image_to_token",
+            "transformer.final_attn_token_to_image",
+        )
+        for theirs, ours in (*((name, name) for name in PROJECTIONS), ("out_proj", "o_proj"))
+    },
+    **{
+        f"{_MASKS}{_TWO_WAY}norm{number}": f"mask_decoder.{_TWO_WAY}layer_norm{number}"
+        for number in (1, 2, 3, 4)
+    },
+    f"{_MASKS}{_TWO_WAY}mlp.lin1": f"mask_decoder.{_TWO_WAY}mlp.proj_in",
+    f"{_MASKS}{_TWO_WAY}mlp.lin2": f"mask_decoder.{_TWO_WAY}mlp.proj_out",
+    f"{_MASKS}transformer.norm_final_attn": "mask_decoder.transformer.layer_norm_final_attn",
+    # and what makes masks and scores of it
+    f"{_MASKS}iou_token": "mask_decoder.iou_token",
+    f"{_MASKS}mask_tokens": "mask_decoder.mask_tokens",
+    f"{_MASKS}obj_score_token": "mask_decoder.obj_score_token",
+    f"{_MASKS}output_upscaling.0": "mask_decoder.upscale_conv1",
+    f"{_MASKS}output_upscaling.1": "mask_decoder.upscale_layer_norm",
+    f"{_MASKS}output_upscaling.3": "mask_decoder.upscale_conv2",
+    f"{_MASKS}conv_s0": "mask_decoder.conv_s0",
+    f"{_MASKS}conv_s1": "mask_decoder.conv_s1",
+    **{
+        f"{_MASKS}{head}.layers.{number}": f"mask_decoder.{head}.{ours}"
+        for head in ("output_hypernetworks_mlps.*", "iou_prediction_head", "pred_obj_score_head")
+        for number, ours in enumerate(("proj_in", "layers.0", "proj_out"))
+    },
+}
+# The three that are no module's `weight` nor `bias` there; of the points' kinds (beside, on, two corners) a row each.
+CLICK_POSITIONS = f"{_CLICKS}pe_layer.positional_encoding_gaussian_matrix"
+NO_MEMORY = "tracker.no_mem_embed"
+POINT_KINDS = tuple(f"{_CLICKS}point_embeddings.{kind}.weight" for kind in range(4))
+
+# What the tracker needs to follow an object through a video, and one image does not.
+VIDEO_ONLY = {
+    "tracker.maskmem_backbone.**": "memory encoder",
+    "tracker.transformer.**": "memory attention",
+    "tracker.maskmem_tpos_enc": "how long ago a memory is",
+    "tracker.no_mem_pos_enc": "position of no memory: read by the memory attention",
+    "tracker.mask_downsample.**": "a given mask, on its way to an object pointer",
+    "tracker.obj_ptr_proj.**": "object pointers",
+    "tracker.obj_ptr_tpos_proj.**": "how long ago an object pointer is",
+    "tracker.no_obj_ptr": "the pointer to an object that is hidden",
+    "tracker.no_obj_embed_spatial": "the memory of an object that is hidden",
 }
 
 
@@ -169,6 +239,43 @@ def from_meta(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+def clicks_from_meta(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename what answers clicks to `ClickModel`. Nothing is copied but the four rows of the kinds of points.
+
+    Args:
+        tensors: What the file holds, by its own names.
+    Returns:
+        By `ClickModel`'s names. The detector, and what `VIDEO_ONLY` names, are left out; the rest as `from_meta`.
+    """
+    left = {name: tensor for name, tensor in tensors.items() if name.startswith((TRACKER, PYRAMID))}
+    renamed = {}
+    rows = [left[name] for name in POINT_KINDS if name in left]
+    if len(rows) == len(POINT_KINDS) and {(row.ndim, row.shape) for row in rows} == {(2, rows[0].shape)}:
+        renamed["prompt_encoder.point_embed.weight"] = torch.cat(rows)
+        left = {name: tensor for name, tensor in left.items() if name not in POINT_KINDS}
+    for name, tensor in left.items():
+        if not any(pattern.fullmatch(name) for pattern in _VIDEO_ONLY):
+            renamed[_click_name(name)] = tensor
+    return renamed
+
+
+def _click_name(theirs: str) -> str:
+    if theirs == CLICK_POSITIONS:
+        return "prompt_encoder.shared_embedding.positional_embedding"
+    if theirs == NO_MEMORY:
+        return "no_memory_embedding"
+    return _of_module(theirs, _CLICK_MODULES) or theirs
+
+
+def _of_module(theirs: str, modules: Iterable[tuple[re.Pattern[str], str]]) -> str | None:
+    """Our name of a module's weight or bias; None if the table does not know it."""
+    stem, _, kind = theirs.rpartition(".")
+    for pattern, ours in modules:
+        if kind in ("weight", "bias") and (match := pattern.fullmatch(stem)):
+            return f"{_numbered(ours, match)}.{kind}"
+    return None
+
+
 def _renamed(name: str, tensor: Tensor) -> dict[str, Tensor]:
     theirs = name.removeprefix(DETECTOR)
     if theirs == name:
@@ -181,10 +288,8 @@ def _renamed(name: str, tensor: Tensor) -> dict[str, Tensor]:
         return {"text_encoder.text_model.embeddings.position_embedding.weight": tensor}
     if theirs == TEXT_PROJECTION and tensor.ndim == 2:
         return {"text_encoder.text_projection.weight": tensor.T}
-    stem, _, kind = theirs.rpartition(".")
-    for pattern, ours in _MODULES:
-        if kind in ("weight", "bias") and (match := pattern.fullmatch(stem)):
-            return {f"{_numbered(ours, match)}.{kind}": tensor}
+    if ours_of_module := _of_module(theirs, _MODULES):
+        return {ours_of_module: tensor}
     for pattern, ours in _FUSED:
         if (match := pattern.fullmatch(theirs)) and tensor.ndim and len(tensor) % 3 == 0:
             attention, kind = _numbered(ours, match), match["kind"]
@@ -207,3 +312,5 @@ def _numbered(ours: str, match: re.Match[str]) -> str:
 _MODULES = [(_pattern(theirs), ours) for theirs, ours in MODULES.items()]
 _FUSED = [(_pattern(theirs, "(?P<kind>weight|bias)"), ours) for theirs, ours in FUSED.items()]
 _DROPPED = [_pattern(theirs) for theirs in DROPPED]
+_CLICK_MODULES = [(_pattern(theirs), ours) for theirs, ours in CLICK_MODULES.items()]
+_VIDEO_ONLY = [_pattern(theirs) for theirs in VIDEO_ONLY]

@@ -62,6 +62,56 @@ def decode_mask(rle: RunLengthMask) -> npt.NDArray[np.bool_]:
     return np.ascontiguousarray(columns_down.T)  # (W, H) -> (H, W)
 
 
+def decode_tight(rle: RunLengthMask) -> tuple[npt.NDArray[np.bool_], tuple[int, int]]:
+    """Decode no more than the rectangle that the mask fills: costs that, not the image.
+
+    Returns:
+        (h, w) bool, C-contiguous, and its left and top edge in the image. (0, 0) bool of an empty mask.
+    """
+    columns, tops, bottoms = column_intervals(rle)
+    if len(columns) == 0:
+        return np.zeros((0, 0), bool), (0, 0)
+    left, top = int(columns[0]), int(tops.min())
+    w, h = int(columns[-1]) - left + 1, int(bottoms.max()) - top
+    steps = np.zeros(w * (h + 1), np.int8)  # one row more: an interval may end at the foot
+    at = (columns - left) * (h + 1) - top
+    steps[at + tops] += 1
+    steps[at + bottoms] -= 1
+    inside = np.cumsum(steps, dtype=np.int8).view(np.bool_).reshape(w, h + 1)  # (w·(h+1),) -> (w, h+1)
+    return np.ascontiguousarray(inside[:, :h].T), (left, top)  # (w, h) -> (h, w)
+
+
+def column_intervals(
+    rle: RunLengthMask,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The mask column by column: M times a column, and the rows at which the mask begins and ceases to be in it.
+
+    Returns:
+        Three of (M,), columns ascending, and in each column rows ascending.
+    """
+    starts, ends = _intervals_by_column(rle)
+    columns, tops = np.divmod(starts, rle.size_hw[0] + 1)
+    return columns, tops, ends - columns * (rle.size_hw[0] + 1)
+
+
+def outline(rle: RunLengthMask) -> npt.NDArray[np.int64]:
+    """The mask's border as straight lines between corners of pixels.
+
+    Returns:
+        (E, 2, 2) in [x, y]: every line is as long as it can be, but ends where four of them meet.
+    """
+    height, width = rle.size_hw
+    own = odd_ones(np.sort(np.stack(_intervals_by_column(rle)).ravel()))
+    # Between two columns is a border where the edges of both, taken together, open and close. Where one of the left
+    # column and one of the right come together on it, two pixels touch at a corner: there one line ends, one begins.
+    upright = np.sort(np.concatenate((own, own + height + 1))).reshape(-1, 2)  # x·(H + 1) + y
+    upright = upright[upright[:, 0] < upright[:, 1]]
+    x, y = np.divmod(upright, height + 1)
+    # And a level line begins and ends where an upright one does.
+    y_level, x_level = np.divmod(np.sort((y * (width + 1) + x).ravel()).reshape(-1, 2), width + 1)
+    return np.concatenate((np.stack((x, y), axis=-1), np.stack((x_level, y_level), axis=-1)))
+
+
 def row_edges(rle: RunLengthMask) -> npt.NDArray[np.int64]:
     """Where the mask changes when it is read row by row; costs its outline, not its area.
 
@@ -103,6 +153,28 @@ def odd_ones(ascending: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     times = np.diff(lasts, prepend=-1)
     odd: npt.NDArray[np.int64] = ascending[lasts[times % 2 == 1]]
     return odd
+
+
+def pasted(rle: RunLengthMask, top_left: tuple[int, int], size_hw: tuple[int, int]) -> RunLengthMask:
+    """A mask laid into a larger one that is empty around it.
+
+    Args:
+        rle: h×w.
+        top_left: Row and column of its first pixel.
+        size_hw: Of the larger one, H×W, into which it fits there.
+    """
+    (height, width), (top, left), (inner_height, inner_width) = size_hw, top_left, rle.size_hw
+    if not (0 <= top <= height - inner_height and 0 <= left <= width - inner_width):
+        raise ValueError(f"A mask of {rle.size_hw} (H, W) at {top_left} does not fit into {size_hw}.")
+    starts, ends = _intervals_by_column(rle)
+    columns, rows = np.divmod(starts, inner_height + 1)
+    first = (columns + left) * height + rows + top
+    # Runs that meet at a column's foot and the next one's head are one again.
+    bounds = odd_ones(np.sort(np.concatenate((first, first + ends - starts))))
+    counts = np.diff(bounds, prepend=0, append=height * width)
+    if len(counts) > 1 and counts[-1] == 0:
+        counts = counts[:-1]
+    return RunLengthMask(size_hw, counts.astype(np.uint32))
 
 
 def area_px(rle: RunLengthMask) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import json
 import logging
 import math
 import mmap
@@ -18,25 +19,29 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import accumulate, count
 from typing import ClassVar, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from sam3_runner import decoder
-from sam3_runner.decoder import Outcome
-from sam3_runner.errors import UndecodableImage
+from sam3_runner.decoder import Outcome, Request
+from sam3_runner.drawing import Found
+from sam3_runner.errors import InvalidInput, OutputTooLarge, UndecodableImage
 from sam3_runner.images import (
     READABLE_FORMATS,
     ImageHeader,
     ImageLimits,
     ModelImage,
+    Region,
     check_bytes,
     content_hash,
+    crop_of,
 )
+from sam3_runner.outputs import Order
 
 logger = logging.getLogger("sam3_runner")
 
@@ -113,24 +118,68 @@ class ImageSandbox:
         if not self._keepers:
             self._keepers = [asyncio.create_task(self._keep_child()) for _ in range(self._processes)]
 
-    async def open_for_model(self, data: bytes, input_size_px: int) -> ModelImage:
+    async def open_for_model(
+        self, data: bytes, input_size_px: int, region: Region | None = None
+    ) -> ModelImage:
         """See `images.open_for_model`: the same results, the same errors.
 
         Raises:
             ImageError: as there; and `UndecodableImage` for what crashes its decoder, takes it too long or too much
                 memory.
+            InvalidRegion: as there.
         """
         if not 1 <= input_size_px <= decoder.MAX_INPUT_SIZE_PX:
             raise ValueError(f"Expected a side of 1 to {decoder.MAX_INPUT_SIZE_PX}, got {input_size_px}.")
         check_bytes(data, self._limits)
-        hashing = asyncio.create_task(_hash(data))
+        hashing = asyncio.create_task(_hash(data, region))
         try:
-            answer = await self._ask(decoder.DECODE, data, input_size_px)
+            answer = await self._ask(Request(decoder.DECODE, input_size_px, region), data)
         finally:
             # Not taken from the child: whoever has taken one over must not say what other images are.
             digest = await hashing
         assert answer.pixels is not None
-        return ModelImage(answer.pixels, answer.size_hw, digest)
+        return ModelImage(answer.pixels, answer.size_hw, digest, crop_of(answer.size_hw, region))
+
+    async def open_whole(self, data: bytes) -> npt.NDArray[np.uint8]:
+        """See `images.open_image`: the same results, the same errors.
+
+        Returns:
+            (H, W, 3) RGB, upright, in memory of their own: 36 MB for 12 MP.
+        Raises:
+            ImageError: as there; and as `open_for_model`.
+        """
+        check_bytes(data, self._limits)
+        answer = await self._ask(Request(decoder.DECODE_WHOLE), data)
+        assert answer.pixels is not None
+        return answer.pixels
+
+    async def make_outputs(
+        self, order: Order, found: Found, size_hw: tuple[int, int], data: bytes
+    ) -> dict[str, bytes]:
+        """See `outputs.make_outputs`: the same results.
+
+        Args:
+            order: What to make.
+            found: Label and instances of each prompt.
+            size_hw: Height and width of the upright image.
+            data: The image file; read only if the order needs its pixels.
+        Returns:
+            By name: the bytes of each output.
+        Raises:
+            OutputTooLarge: takes longer, or more memory, than one image may; or it crashes.
+            ImageError: as `open_for_model`, if the file is read.
+        """
+        instances = await asyncio.to_thread(decoder.pack_instances, order, found, size_hw)
+        if len(instances) > decoder.MAX_INSTANCES_BYTES:
+            raise OutputTooLarge(
+                f"The masks take {len(instances):,} bytes; outputs are made of at most "
+                f"{decoder.MAX_INSTANCES_BYTES:,}. Ask for fewer instances."
+            )
+        if order.needs_pixels:
+            check_bytes(data, self._limits)
+        request = Request(decoder.MAKE_OUTPUTS, instances=instances, outputs=len(order.names))
+        answer = await self._ask(request, data if order.needs_pixels else b"")
+        return dict(zip(order.names, answer.made, strict=True))
 
     async def probe(self, data: bytes) -> ImageHeader:
         """See `images.probe_image`: the same results, the same errors.
@@ -139,7 +188,7 @@ class ImageSandbox:
             ImageError: as there; and as `open_for_model`.
         """
         check_bytes(data, self._limits)
-        answer = await self._ask(decoder.PROBE, data, 0)
+        answer = await self._ask(Request(decoder.PROBE), data)
         return ImageHeader(READABLE_FORMATS[answer.kind], answer.size_hw)
 
     async def aclose(self) -> None:
@@ -154,13 +203,13 @@ class ImageSandbox:
 
     # --- requests
 
-    async def _ask(self, what: bytes, data: bytes, input_size_px: int) -> _Answer:
+    async def _ask(self, request: Request, data: bytes) -> _Answer:
         self.start()
         deaths = 0
         while deaths < 2:
             child = await self._take()
             # A caller that gives up leaves the child busy, not in an unknown state.
-            task = asyncio.create_task(self._use(child, what, data, input_size_px))
+            task = asyncio.create_task(self._use(child, request, data))
             self._running.add(task)
             task.add_done_callback(self._forget)
             try:
@@ -169,39 +218,45 @@ class ImageSandbox:
                 continue
             except _ChildEnded as error:
                 if error.exit_code == -signal.SIGXCPU:
-                    raise self._too_slow() from error
+                    raise self._too_slow(request) from error
                 deaths += 1
+        if request.what == decoder.MAKE_OUTPUTS:
+            raise OutputTooLarge("Making the outputs crashes. Ask for fewer of them.")
         raise UndecodableImage(
             "The image makes its decoder crash: it is damaged, or not made in good faith. "
             "Open it in an ordinary program, save it anew and send that."
         )
 
-    async def _use(self, child: _Child, what: bytes, data: bytes, input_size_px: int) -> _Answer:
+    async def _use(self, child: _Child, request: Request, data: bytes) -> _Answer:
         is_fit = False
         try:
-            message = await child.ask(what, data, input_size_px, self._timeout_s)
+            message = await child.ask(request, data, self._timeout_s)
             outcome, answer, text = _read_reply(message, child.served, self._limits)
-            if outcome == Outcome.DONE and what == decoder.DECODE:
-                answer.pixels = child.read_pixels(input_size_px)
+            if outcome == Outcome.DONE and request.what == decoder.MAKE_OUTPUTS:
+                answer.made = await child.read_made(
+                    _sizes(text, decoder.file_at(self._limits), request.outputs)
+                )
+            elif outcome == Outcome.DONE and request.what != decoder.PROBE:
+                is_whole = request.what == decoder.DECODE_WHOLE
+                answer.pixels = await child.read_pixels(
+                    answer.size_hw if is_whole else (request.input_size_px,) * 2
+                )
             is_fit = (
                 outcome not in (Outcome.OUT_OF_MEMORY, Outcome.BUG) and child.served < _REQUESTS_PER_CHILD
             )
         except TimeoutError as error:
-            raise self._too_slow() from error
+            raise self._too_slow(request) from error
         finally:
             if is_fit:
                 self._idle.put_nowait(child)
             else:
                 child.kill()
         if outcome == Outcome.OUT_OF_MEMORY:
-            raise UndecodableImage(
-                f"Decoding the image takes more than {self._memory_bytes >> 20:,} MB of memory. "
-                "Scale it down, or save it as an ordinary JPEG or PNG."
-            )
+            raise _too_much(request, f"takes more than {self._memory_bytes >> 20:,} MB of memory")
         if outcome == Outcome.BUG:
             raise RuntimeError(f"the image decoder failed:\n{text}")
         if outcome != Outcome.DONE:
-            raise decoder.IMAGE_ERRORS[outcome](text)
+            raise decoder.ERRORS[outcome](text)
         return answer
 
     async def _take(self) -> _Child:
@@ -213,11 +268,8 @@ class ImageSandbox:
             if not child.ended.done():
                 return child
 
-    def _too_slow(self) -> UndecodableImage:
-        return UndecodableImage(
-            f"Decoding the image takes longer than {self._timeout_s:g} seconds. "
-            "Scale it down, or save it as an ordinary JPEG or PNG."
-        )
+    def _too_slow(self, request: Request) -> InvalidInput:
+        return _too_much(request, f"takes longer than {self._timeout_s:g} seconds")
 
     def _forget(self, task: asyncio.Task[_Answer]) -> None:
         self._running.discard(task)
@@ -247,7 +299,7 @@ class ImageSandbox:
                 if self._template is not None:
                     await self._template.aclose()
                 self._template = _Template(self._program, self._arguments())
-        child = self._template.fork(self._limits.max_bytes)
+        child = self._template.fork(self._limits)
         try:
             async with asyncio.timeout(_START_DEADLINE_S):
                 self._greet(await child.receive())
@@ -298,6 +350,27 @@ class _Answer:
     kind: int
     size_hw: tuple[int, int]
     pixels: npt.NDArray[np.uint8] | None = None
+    made: Sequence[bytes] = ()
+
+
+def _too_much(request: Request, how: str) -> InvalidInput:
+    if request.what == decoder.MAKE_OUTPUTS:
+        return OutputTooLarge(f"Making the outputs {how}. Ask for fewer of them, or of a smaller image.")
+    return UndecodableImage(
+        f"Decoding the image {how}. Scale it down, or save it as an ordinary JPEG or PNG."
+    )
+
+
+def _sizes(text: str, limit: int, count: int) -> list[int]:
+    """Of the outputs, believed only as far as they can be true."""
+    try:
+        sizes = json.loads(text)
+    except ValueError as error:
+        raise _ChildEnded(None) from error
+    is_list = isinstance(sizes, list) and all(type(size) is int and size >= 0 for size in sizes)
+    if not is_list or len(sizes) != count or sum(sizes) > limit:
+        raise _ChildEnded(None)
+    return [*sizes]
 
 
 def _read_reply(message: bytes, request: int, limits: ImageLimits) -> tuple[Outcome, _Answer, str]:
@@ -323,27 +396,30 @@ class _Child:
         served: How many requests it has had; the number of the last.
     """
 
-    def __init__(self, template: _Template, number: int, channel: socket.socket, memory_fd: int) -> None:
+    def __init__(
+        self, template: _Template, number: int, channel: socket.socket, memory_fd: int, file_at: int
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._template = template
         self._number = number
         self._channel = channel
         self._memory_fd = memory_fd
+        self._file_at = file_at
         self._message: asyncio.Future[bytes] = self._loop.create_future()  # the next one that is expected
         self.ended: asyncio.Future[int | None] = self._loop.create_future()
         self.was_killed = False
         self.served = 0
         self._loop.add_reader(channel, self._on_readable)
 
-    async def ask(self, what: bytes, data: bytes, input_size_px: int, timeout_s: float) -> bytes:
+    async def ask(self, request: Request, data: bytes, timeout_s: float) -> bytes:
         """Hand a request over and wait for the reply."""
-        await self._write(data)
+        await self._write(data + request.instances)
         if self.ended.done():
             raise _NotHanded
         self._message = self._loop.create_future()
         self.served += 1
         try:
-            self._channel.send(decoder.REQUEST.pack(self.served, what, len(data), input_size_px))
+            self._channel.send(request.pack(self.served, len(data)))
         except OSError as error:
             raise _NotHanded from error
         async with asyncio.timeout(timeout_s):
@@ -353,14 +429,28 @@ class _Child:
         """The message that is due."""
         return await self._message
 
-    def read_pixels(self, input_size_px: int) -> npt.NDArray[np.uint8]:
-        """(S, S, 3) as the child has left them, in memory of their own."""
+    async def read_pixels(self, size_hw: tuple[int, int]) -> npt.NDArray[np.uint8]:
+        """(H, W, 3) as the child has left them, in memory of their own."""
         if self.ended.done():
             raise _ChildEnded(self.ended.result())
-        pixels = np.empty((input_size_px, input_size_px, 3), np.uint8)
-        if os.preadv(self._memory_fd, [pixels.data], 0) != pixels.nbytes:
-            raise _ChildEnded(None)
+        pixels = np.empty((*size_hw, 3), np.uint8)
+        await self._read(pixels)
         return pixels
+
+    async def read_made(self, sizes: Sequence[int]) -> list[bytes]:
+        """The outputs as the child has left them, one after the other."""
+        if self.ended.done():
+            raise _ChildEnded(self.ended.result())
+        whole = np.empty(sum(sizes), np.uint8)
+        await self._read(whole)
+        ends = [*accumulate(sizes)]
+        return [whole[end - size : end].tobytes() for end, size in zip(ends, sizes, strict=True)]
+
+    async def _read(self, into: npt.NDArray[np.uint8]) -> None:
+        if into.nbytes <= decoder.KEPT_BYTES:
+            _read_all(self._memory_fd, into)
+        else:
+            await asyncio.to_thread(_take_and_close, os.dup(self._memory_fd), into)
 
     def kill(self) -> None:
         """Now, and surely: with the template if it does not obey."""
@@ -383,9 +473,9 @@ class _Child:
         if self.ended.done():
             raise _NotHanded
         if len(data) <= _INLINE_BYTES:
-            _write_all(self._memory_fd, data)
+            _write_all(self._memory_fd, data, self._file_at)
         else:  # to a file descriptor of its own: ours may be closed, and another file's, by the time it writes
-            await asyncio.to_thread(_write_and_close, os.dup(self._memory_fd), data)
+            await asyncio.to_thread(_write_and_close, os.dup(self._memory_fd), data, self._file_at)
 
     def _on_readable(self) -> None:
         try:
@@ -433,17 +523,18 @@ class _Template:
             )
         self._loop.add_reader(self._control, self._on_readable)
 
-    def fork(self, max_bytes: int) -> _Child:
+    def fork(self, limits: ImageLimits) -> _Child:
         """Have a child made; it says when it is ready.
 
         Args:
-            max_bytes: Of the largest file.
+            limits: The largest file and the largest picture must find room in its memory.
         """
         number = next(self._numbers)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
-        memory_fd = _shared_memory(decoder.FILE_AT + max_bytes)
-        child = self._children[number] = _Child(self, number, ours, memory_fd)
+        file_at = decoder.file_at(limits)
+        memory_fd = _shared_memory(decoder.shared_memory_bytes(limits))
+        child = self._children[number] = _Child(self, number, ours, memory_fd, file_at)
         with theirs:
             self._command(decoder.FORK, number, theirs.fileno(), memory_fd)
         return child
@@ -501,10 +592,10 @@ class _Template:
         self._children.clear()
 
 
-async def _hash(data: bytes) -> bytes:
+async def _hash(data: bytes, region: Region | None) -> bytes:
     if len(data) <= _INLINE_BYTES:
-        return content_hash(data)
-    return await asyncio.to_thread(content_hash, data)
+        return content_hash(data, region)
+    return await asyncio.to_thread(content_hash, data, region)
 
 
 def _template_env() -> dict[str, str]:
@@ -522,16 +613,31 @@ def _shared_memory(size: int) -> int:
     return fd
 
 
-def _write_all(fd: int, data: bytes) -> None:
-    rest, at = memoryview(data), decoder.FILE_AT
+def _write_all(fd: int, data: bytes, at: int) -> None:
+    rest = memoryview(data)
     while rest:
         written = os.pwrite(fd, rest, at)
         rest, at = rest[written:], at + written
 
 
-def _write_and_close(fd: int, data: bytes) -> None:
+def _write_and_close(fd: int, data: bytes, at: int) -> None:
     try:
-        _write_all(fd, data)
+        _write_all(fd, data, at)
+    finally:
+        os.close(fd)
+
+
+def _read_all(fd: int, into: npt.NDArray[np.uint8]) -> None:
+    if os.preadv(fd, [into.data], 0) != into.nbytes:
+        raise _ChildEnded(None)
+
+
+def _take_and_close(fd: int, into: npt.NDArray[np.uint8]) -> None:
+    """Read and give the pages back to the kernel: nobody needs them in two places."""
+    try:
+        _read_all(fd, into)
+        with mmap.mmap(fd, into.nbytes) as memory:
+            memory.madvise(mmap.MADV_REMOVE)
     finally:
         os.close(fd)
 

@@ -16,6 +16,7 @@ import torch
 
 from sam3_runner.cache import LruCache
 from sam3_runner.checkpoint import DEMO_CHECKPOINT, Checkpoint
+from sam3_runner.clicks import check_points, clicks_to_tensors, to_segmentation
 from sam3_runner.engine import MAX_ROWS, STATIC_SIZES, Answers, EncodedImages, Engine
 from sam3_runner.errors import (
     DeviceOutOfMemory,
@@ -29,11 +30,12 @@ from sam3_runner.exemplars import check_boxes, encode_exemplars
 from sam3_runner.forward import TextFeatures
 from sam3_runner.images import resize_for_model
 from sam3_runner.selection import best_above, logit_shift, without_duplicates
-from sam3_runner.text import MAX_PROMPTS, PromptChecker
+from sam3_runner.text import MAX_PROMPTS, NO_CLICKS, PromptChecker
 from sam3_runner.types import (
     Box,
     ItemError,
     ModelInfo,
+    Point,
     Prompt,
     Segmentation,
     SegmentItem,
@@ -42,9 +44,9 @@ from sam3_runner.types import (
 )
 from sam3_runner.upsample import masks_from_logits
 
-# The last images asked about, each 58 MB in bfloat16 and twice that in float32 at full size: a second question about
-# one of them skips the image encoder, which is most of the work.
-IMAGE_CACHE_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
+# The last images asked about, each 58 MB in bfloat16 and twice that in float32 at full size (69 MB where clicks are
+# answered): a second question about one of them skips the image encoder, which is most of the work.
+IMAGE_CACHE_BYTES = {"cuda": 1 << 30, "cpu": 288 << 20}  # on a CPU two of the largest
 TEXT_CACHE_BYTES = 64 << 20  # some thousand prompts
 
 logger = logging.getLogger(__name__)
@@ -104,7 +106,9 @@ class Segmenter:
         prompts = PromptChecker.from_checkpoint(path, max_prompts)
         # Mapped from its file, on the host; the engine moves what it needs, and converts it there.
         model = checkpoint.load_model(torch.device("cpu"))
-        parameters = sum(tensor.numel() for tensor in model.parameters())
+        clicks = checkpoint.load_click_model(torch.device("cpu"))
+        models = [part for part in (model, clicks) if part is not None]
+        parameters = sum(tensor.numel() for part in models for tensor in part.parameters())
         info = ModelInfo(
             model_name="SAM3",
             model_version=checkpoint.version,
@@ -115,24 +119,29 @@ class Segmenter:
             input_size_px=checkpoint.input_size_px,
             max_text_tokens=checkpoint.max_text_tokens,
         )
-        engine = Engine(model, device, dtype)
+        engine = Engine(model, device, dtype, clicks)
         if device.type == "cuda":
             engine.accelerate()
         return cls(engine, info, prompts)
 
+    @property
+    def answers_clicks(self) -> bool:
+        """Whether the checkpoint brought an interactive head; without one, prompts with points are refused."""
+        return self._engine.clicks is not None
+
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Refuse prompts that cannot be answered, without touching the device; see `PromptChecker.check`."""
-        if any(prompt.points for prompt in prompts):
-            raise UnsupportedPrompt("expected words or boxes: this checkpoint reads no points")
-        if any(prompt.text is None and not prompt.boxes for prompt in prompts):
-            raise InvalidPrompt("expected words, boxes, or both: the prompt has neither")
+        if any(prompt.text is None and not prompt.boxes and not prompt.points for prompt in prompts):
+            raise InvalidPrompt("expected words, boxes, or clicks: the prompt has none of them")
         self._prompts.check(prompts)
 
     def warm_up(self) -> None:
         """Run every batch size once, so that no caller waits for lazy initialisation, compilation or recording."""
         size = self.info.input_size_px
         prompts = tuple(Prompt(f"warm up {number}") for number in range(MAX_ROWS))
-        with_masks = (Prompt("warm up", selection=Selection(score_threshold=0.0)),)
+        with_masks = [Prompt("warm up", selection=Selection(score_threshold=0.0))]
+        if self.answers_clicks:
+            with_masks.append(Prompt(points=(Point((0, 0)),), selection=Selection(score_threshold=0.0)))
         sizes = (
             STATIC_SIZES[::-1] if self._device.type == "cuda" else (1,)
         )  # the largest first: others fit into it
@@ -141,7 +150,7 @@ class Segmenter:
             for batch in (
                 [SegmentItem(image, (size, size), prompts[:1]) for image in pixels],
                 [SegmentItem(pixels[0], (size, size), prompts[:rows])],
-                [SegmentItem(pixels[0], (size, size), with_masks)],
+                [SegmentItem(pixels[0], (size, size), tuple(with_masks))],
             ):
                 self._texts.clear()
                 self._segment_all(batch)
@@ -154,7 +163,7 @@ class Segmenter:
         self._texts.clear()
 
     def segment(self, image: npt.NDArray[np.uint8], prompts: Sequence[Prompt]) -> list[Segmentation]:
-        """Find every instance of each prompt in one image.
+        """Find every instance of each prompt in one image; of clicks, the one object that they are on.
 
         Args:
             image: (H, W, 3) RGB, upright (EXIF applied), as the caller sent it.
@@ -163,7 +172,8 @@ class Segmenter:
             One per prompt, in order. `scores` (N,) in [0, 1], descending; `boxes_xyxy_px` (N, 4) float32 in original
             pixels, origin top left; `masks` N run-length masks of size H×W. N may be 0.
         Raises:
-            InvalidPrompt: blank or longer than the text encoder reads, or with a box that shows nothing of the image.
+            InvalidPrompt: blank or longer than the text encoder reads, with a box that shows nothing of the image, with
+                a click beside it, or with clicks and something else.
             TooManyPrompts: none, or more than `max_prompts`.
             UnsupportedPrompt: of a kind that the checkpoint cannot answer.
             DeviceOutOfMemory: nothing was computed; the segmenter stays usable.
@@ -172,6 +182,7 @@ class Segmenter:
         height, width = image.shape[:2]
         self.check_prompts(prompts)
         check_boxes(prompts, (height, width))
+        check_points(prompts, (height, width))
         pixels = resize_for_model(image, self.info.input_size_px)
         key = b"pixels" + hashlib.sha256(pixels.data).digest()
         item = SegmentItem(pixels, (height, width), tuple(prompts), key)
@@ -215,6 +226,7 @@ class Segmenter:
         try:
             self.check_prompts(item.prompts)
             check_boxes(item.prompts, item.size_hw)
+            check_points(item.prompts, item.size_hw)
         except InvalidInput as error:
             return ItemError(type(error).__name__, str(error))
         return None
@@ -237,18 +249,24 @@ class Segmenter:
         found: dict[tuple[int, int], Segmentation] = {}
         rows = self._engine.max_rows
         with torch.inference_mode():
-            texts = self._encode_texts([prompt for item in items for prompt in item.prompts])
+            texts = self._encode_texts(
+                [prompt for item in items for prompt in item.prompts if not prompt.points]
+            )
             for start in range(0, len(items), rows):
                 images = self._encode_images(items[start : start + rows])
                 pairs = [
                     _Pair(start + row, number, prompt, image, texts[prompt.text])
                     for row, image in enumerate(images)
                     for number, prompt in enumerate(items[start + row].prompts)
+                    if not prompt.points
                 ]
                 for has_boxes in (False, True):  # apart: boxes make every prompt of a pass longer
                     alike = [pair for pair in pairs if bool(pair.prompt.boxes) == has_boxes]
                     for first in range(0, len(alike), rows):
                         found |= self._answer(alike[first : first + rows], items)
+                for row, image in enumerate(images):
+                    clicked = self._answer_clicks(items[start + row], image)
+                    found |= {(start + row, number): answer for number, answer in clicked.items()}
         return [
             [found[index, number] for number in range(len(item.prompts))] for index, item in enumerate(items)
         ]
@@ -314,6 +332,30 @@ class Segmenter:
             (pair.item, pair.number): _keep(answers, decided[row], row, pair.prompt.selection, sizes_hw[row])
             for row, pair in enumerate(pairs)
         }
+
+    def _answer_clicks(self, item: SegmentItem, image: EncodedImages) -> dict[int, Segmentation]:
+        """What is found for the prompts of an item that are clicks, by their places among its prompts."""
+        found = {}
+        for number, prompt in enumerate(item.prompts):
+            if prompt.points:
+                image = self._prepare_clicks(item, image)
+                found[number] = self._click(prompt, image, item.size_hw)
+        return found
+
+    def _prepare_clicks(self, item: SegmentItem, image: EncodedImages) -> EncodedImages:
+        """The image, clickable; it is kept as that for the next click."""
+        if image.clickable is None:
+            image = self._engine.prepare_clicks(image)
+            if item.key is not None:
+                self._images.put(item.key, image)
+        return image
+
+    def _click(self, prompt: Prompt, image: EncodedImages, size_hw: tuple[int, int]) -> Segmentation:
+        if self._engine.clicks is None or image.clickable is None:
+            raise UnsupportedPrompt(NO_CLICKS)
+        clicks = clicks_to_tensors(prompt.points, size_hw, self._device)
+        answer = self._engine.clicks.answer(image.clickable, *clicks)
+        return to_segmentation(answer, prompt.selection, size_hw)
 
 
 def _keep(

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 
 from sam3_runner.checkpoint import Checkpoint
-from sam3_runner.errors import CheckpointError, InvalidPrompt, TooManyPrompts
+from sam3_runner.errors import CheckpointError, InvalidPrompt, TooManyPrompts, UnsupportedPrompt
 from sam3_runner.types import Prompt
 
 MAX_PROMPTS = 32
@@ -34,6 +34,7 @@ SPECIAL_TEXTS = ("<start_of_text>", "<end_of_text>", START_TOKEN, END_TOKEN)
 END_OF_WORD = "</w>"
 PADDING_ID = 0
 EXEMPLARS_ALONE = "visual"  # what SAM3 was trained to read where boxes say it all
+NO_CLICKS = "this checkpoint has no interactive head: use the file sam3.pt with the tracker, or prompt by text or boxes"
 SHOWN_CHARACTERS = 60  # of a prompt, in an error message
 # Unicode's categories of what shows nothing by itself: format characters (zero-width space, soft hyphen, byte order
 # mark), blanks, line and paragraph separators, controls, and accents without a letter.
@@ -59,14 +60,23 @@ class PromptChecker:
         tokenizer: CLIP's. Its vocabulary and merges are used, its own normalisation is not.
         max_tokens: Tokens that the text encoder reads, start and end included.
         max_prompts: Prompts allowed for one image.
+        answers_clicks: Whether the checkpoint does.
     """
 
-    def __init__(self, tokenizer: Tokenizer, max_tokens: int, max_prompts: int = MAX_PROMPTS) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        max_tokens: int,
+        max_prompts: int = MAX_PROMPTS,
+        *,
+        answers_clicks: bool = False,
+    ) -> None:
         self._model = tokenizer.model
         vocabulary = tokenizer.get_vocab()
         self._start_id, self._end_id = vocabulary[START_TOKEN], vocabulary[END_TOKEN]
         self.max_tokens = max_tokens
         self.max_prompts = max_prompts
+        self.answers_clicks = answers_clicks
 
     @classmethod
     def from_checkpoint(cls, path: Path | str, max_prompts: int = MAX_PROMPTS) -> PromptChecker:
@@ -76,7 +86,12 @@ class PromptChecker:
             CheckpointError: there is none, or it cannot be read.
         """
         checkpoint = Checkpoint.open(path)
-        return cls(_read_tokenizer(checkpoint.folder), checkpoint.max_text_tokens, max_prompts)
+        return cls(
+            _read_tokenizer(checkpoint.folder),
+            checkpoint.max_text_tokens,
+            max_prompts,
+            answers_clicks=checkpoint.answers_clicks,
+        )
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Refuse what the model cannot answer as it was asked.
@@ -84,9 +99,19 @@ class PromptChecker:
         Raises:
             TooManyPrompts: none, or more than `max_prompts`.
             InvalidPrompt: one is blank (or has nothing visible in it), has a special token of a tokenizer in it,
-                or is longer than the text encoder reads; nothing is ever cut silently.
+                or is longer than the text encoder reads; nothing is ever cut silently. Or it has clicks and
+                something else.
+            UnsupportedPrompt: one has clicks, which the checkpoint does not answer.
         """
         self.encode(prompts)
+        self._check_clicks(prompts)
+
+    def _check_clicks(self, prompts: Sequence[Prompt]) -> None:
+        clicked = [prompt for prompt in prompts if prompt.points]
+        if clicked and not self.answers_clicks:
+            raise UnsupportedPrompt(NO_CLICKS)
+        if any(prompt.text is not None or prompt.boxes for prompt in clicked):
+            raise InvalidPrompt("expected clicks alone, got text or boxes in the same prompt")
 
     def encode(self, prompts: Sequence[Prompt]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Tokenize B prompts, padded to what the text encoder reads.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
 import struct
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -85,12 +86,19 @@ def torch_records(path: Path) -> dict[int, int]:
     Raises:
         CheckpointError: the file is cut off, is another kind of zip file, or its directory lies.
     """
+    with _opened_zip(path) as (file, archive):
+        entries = archive.infolist()
+        _refuse_other_zips(path, entries)
+        starts = [_start_of(path, file, entry) for entry in entries]
+        _refuse_overlaps(path, [*zip(starts, entries, strict=True)], archive.start_dir)
+    return {start: entry.file_size for start, entry in zip(starts, entries, strict=True)}
+
+
+@contextlib.contextmanager
+def _opened_zip(path: Path) -> Iterator[tuple[BinaryIO, zipfile.ZipFile]]:
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            entries = archive.infolist()
-            _refuse_other_zips(path, entries)
-            starts = [_start_of(path, file, entry) for entry in entries]
-            _refuse_overlaps(path, [*zip(starts, entries, strict=True)], archive.start_dir)
+            yield file, archive
     except OSError as error:
         raise unreadable(path, error) from error
     except (zipfile.BadZipFile, struct.error, NotImplementedError, ValueError) as error:
@@ -98,7 +106,33 @@ def torch_records(path: Path) -> dict[int, int]:
             f"{path} is cut off or damaged: {path.stat().st_size:,} bytes, and no sound zip directory at their end; "
             "fetch it again"
         ) from error
-    return {start: entry.file_size for start, entry in zip(starts, entries, strict=True)}
+
+
+def names_any(path: Path, beginnings: Iterable[str]) -> bool:
+    """Whether the name of a tensor in a weights file begins so. Reads the names, and nothing of the tensors.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is no weights file.
+    """
+    names = _header(path) if form_of(path) is WeightsForm.SAFETENSORS else _pickles(path)
+    return any(beginning.encode() in names for beginning in beginnings)
+
+
+def _header(path: Path) -> bytes:
+    """The JSON at the head of a safetensors file."""
+    try:
+        with path.open("rb") as file:
+            return file.read(int.from_bytes(file.read(8), "little"))
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def _pickles(path: Path) -> bytes:
+    """What `torch.save` wrote beside the tensors: in it their names stand as they are."""
+    with _opened_zip(path) as (_, archive):
+        entries = archive.infolist()
+        _refuse_other_zips(path, entries)
+        return b"".join(archive.read(entry) for entry in entries if entry.filename.endswith(PICKLE_ENTRY))
 
 
 def _refuse_other_zips(path: Path, entries: Iterable[zipfile.ZipInfo]) -> None:

@@ -31,7 +31,7 @@ from storage import (
     StorageTimeout,
     StorageUnavailable,
 )
-from tasks.errors import TaskConflict, TaskNotFound, TaskStoreTimeout, TaskStoreUnavailable
+from tasks.errors import TaskConflict, TaskNotFound, TaskRowRefused, TaskStoreTimeout, TaskStoreUnavailable
 from tasks.store import TaskInputs, TaskResult, TaskRow, TaskStore
 
 _log = logging.getLogger(__name__)
@@ -325,7 +325,7 @@ class GuardedTasks:
         self.breaker = CircuitBreaker(
             "the store of the rows",
             failures=(TaskStoreUnavailable, TaskStoreTimeout),
-            answers=(TaskNotFound, TaskConflict),
+            answers=(TaskNotFound, TaskConflict, TaskRowRefused),
             refusal=TaskStoreUnavailable,
             first_pause_s=first_pause_s,
             max_pause_s=max_pause_s,

@@ -6,6 +6,7 @@ TaskError
 ├── TaskConflict            the id is in use with other inputs
 ├── TaskStoreUnavailable    the store failed after retries, refused us, or answered what we cannot read
 ├── TaskStoreTimeout        the store did not answer in time, retries included
+├── TaskRowRefused          the store refuses what the row would say; asking again is of no use
 ├── JournalUnavailable      the journal cannot be written or read: disk full, damaged, locked
 │   └── JournalTooNew       a newer version of this service wrote it
 ├── BacklogFull             too many accepted tasks wait already
@@ -45,6 +46,13 @@ class TaskStoreUnavailable(TaskError):
 
 class TaskStoreTimeout(TaskError):
     """The store of the rows did not answer in time, retries included."""
+
+
+class TaskRowRefused(TaskError):
+    """The store is there and refuses what the row would say, for its content: a constraint, a trigger, its size.
+
+    Asked again it would say the same.
+    """
 
 
 class JournalUnavailable(TaskError):

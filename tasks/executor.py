@@ -4,22 +4,25 @@
         │                    │
         └────────────────────┴──▶ failed ──tell──▶ error
 
-Every arrow is in the journal before the next one begins, so that whoever takes a task over, this process or another,
-today or after a reboot, goes on where it stood. What waits is tried again with growing pauses: computing until the
-task's deadline, delivering and telling for as long as it takes.
+Every arrow is in the journal before the row says anything of it, so that whoever takes a task over, this process or
+another, today or after a reboot, goes on where it stood. What a repeat does again without a trace does not wait for the
+disk: the image is loaded while the task is being accepted, and masks are uploaded while the result is being stored.
+What fails is tried again with growing pauses: computing until the task's deadline, delivering and telling for as long
+as it takes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol, TypeVar
 
-from storage.errors import StorageError
+from storage.errors import ObjectNotFound, ObjectTooLarge, StorageError
 from tasks.errors import (
     BacklogFull,
     JournalUnavailable,
@@ -30,11 +33,13 @@ from tasks.errors import (
     TaskFailed,
     TaskGaveUp,
     TaskNotFound,
+    TaskRowRefused,
     WorkerStops,
 )
-from tasks.journal import COMPUTED, DONE, ERROR, FAILED, Entry, Journal, Verdict
-from tasks.pipeline import Attempt, Computed, Job, JobOutcome, Pipeline, Work, inputs_of
-from tasks.record import computed_of, job_of, job_record, result_record
+from tasks.job import Job, job_record
+from tasks.journal import ACCEPTED, COMPUTED, DONE, ERROR, FAILED, FIRST_STAGE, Entry, Journal, Verdict
+from tasks.pipeline import Attempt, Computed, JobOutcome, Pipeline, Work, inputs_of
+from tasks.record import computed_of, job_of, result_record
 from tasks.store import TaskInputs
 
 T = TypeVar("T")
@@ -49,6 +54,15 @@ MAX_DELIVERIES: Final = 32
 SUSPECT_FROM_ATTEMPT: Final = 2
 # How long a caller waits for the row to be told of a failure that he is told too.
 TELL_WAIT_S: Final = 5.0
+# Whatever else passes, once there is a result or an error to tell: these do not.
+_FINAL: Final = (
+    TaskNotFound,
+    TaskConflict,
+    TaskRowRefused,
+    RecordUnreadable,
+    ObjectNotFound,
+    ObjectTooLarge,
+)
 COUNTED_FOR_S: Final = 0.1
 TAKE_OVER_EVERY_S: Final = 1.0
 PRUNE_EVERY_S: Final = 300.0
@@ -64,8 +78,8 @@ class TaskObserver(Protocol):
     def retried(self, step: str) -> None:
         """A step failed and will be tried again."""
 
-    def ended(self, outcome: str) -> None:
-        """A task is `done`, or `error`."""
+    def ended(self, outcome: str, stage_ms: Mapping[str, float]) -> None:
+        """A task is `done`, or `error`; milliseconds for each of the pipeline's stages that it came to."""
 
     def taken_over(self) -> None:
         """A task of a process that is gone is ours now."""
@@ -291,10 +305,23 @@ class TaskExecutor:
         except StorageError as error:  # the image is not ours
             await self.refuse(job, error)
             raise
-        entry, verdict = await self._record(job, inputs, begins=begins)
-        if verdict in (Verdict.NEW, Verdict.AGAIN):
-            return entry, self._launch(entry, Work(job, inputs), has_begun=begins)
-        return entry, self._runs.get(job.task_id) if verdict is Verdict.JOINED else None
+        run = _Run(Work(job, inputs), has_begun=begins)
+        try:
+            if begins and job.task_id not in self._runs:
+                self._begin_early(run)
+            entry, verdict = await self._record(job, inputs, begins=begins)
+            if verdict in (Verdict.NEW, Verdict.AGAIN):
+                self._launch(run, entry)
+                return entry, run
+            return entry, self._runs.get(job.task_id) if verdict is Verdict.JOINED else None
+        finally:
+            if not run.accepted.is_set() and run.task is not None:
+                run.task.cancel()
+
+    def _begin_early(self, run: _Run) -> None:
+        """Load the image while the journal takes the task in; the run goes no further before that."""
+        run.ends_at_s = asyncio.get_running_loop().time() + self._deadline_s
+        run.task = asyncio.create_task(self._execute(run, None), name=f"task-{run.job.task_id}")
 
     async def _refuse(self, job: Job, error: Exception) -> None:
         if self.is_draining:
@@ -302,7 +329,8 @@ class TaskExecutor:
         inputs = inputs_of(job)
         entry, verdict = await self._record(job, inputs, begins=True)
         if verdict in (Verdict.NEW, Verdict.AGAIN):
-            run = self._launch(entry, Work(job, inputs), has_begun=True, refusal=error)
+            run = _Run(Work(job, inputs), has_begun=True)
+            self._launch(run, entry, refusal=error)
             await asyncio.wait({run.outcome}, timeout=TELL_WAIT_S)
 
     async def _record(self, job: Job, inputs: TaskInputs, *, begins: bool) -> tuple[Entry, Verdict]:
@@ -315,16 +343,17 @@ class TaskExecutor:
             begins=begins,
         )
 
-    def _launch(self, entry: Entry, work: Work, *, has_begun: bool, refusal: Exception | None = None) -> _Run:
-        ends_at_s = asyncio.get_running_loop().time() + max(0.0, entry.deadline_at - entry.accepted_at)
-        run = _Run(entry, work, ends_at_s, has_begun=has_begun)
+    def _launch(self, run: _Run, entry: Entry, *, refusal: Exception | None = None) -> None:
+        """Carry what the journal has given us."""
         earlier = self._runs.get(entry.task_id)
         if earlier is not None and earlier.task is not None:  # it failed, and its row would be told in vain
             earlier.task.cancel()
             run.work.follow(earlier.work)
         self._runs[entry.task_id] = run
-        run.task = asyncio.create_task(self._execute(run, refusal), name=f"task-{entry.task_id}")
-        return run
+        run.accept(entry)
+        if run.task is None:
+            run.ends_at_s = asyncio.get_running_loop().time() + max(0.0, entry.deadline_at - entry.updated_at)
+            run.task = asyncio.create_task(self._execute(run, refusal), name=f"task-{entry.task_id}")
 
     # --- waiting
 
@@ -396,14 +425,15 @@ class TaskExecutor:
             if refusal is not None:
                 raise refusal
             await self._carry(run)
-            self._observer.ended("done")
-        except asyncio.CancelledError:  # this process stops; the journal has the task
+        except asyncio.CancelledError:  # this process stops, and the journal has the task, if it was accepted
             run.settle(WorkerStops("this process stops; ask again"))
-            await self._let_go(run)
+            if run.accepted.is_set():
+                await self._let_go(run)
         except NotOurTask as error:
             _log.warning("the task is another process's now", extra=_of(run.job))
             run.settle(error)
         except Exception as error:
+            await run.accepted.wait()  # who has not accepted a task does not end it
             await self._fail_or_let_go(run, error)
         finally:
             if self._runs.get(run.job.task_id) is run:
@@ -424,11 +454,19 @@ class TaskExecutor:
             await self._let_go(run)
 
     async def _carry(self, run: _Run) -> None:
-        if run.entry.state == FAILED and run.entry.error is not None:
+        state = run.entry.state if run.accepted.is_set() else ACCEPTED
+        if state == FAILED and run.entry.error is not None:
             raise TaskFailed(*run.entry.error)
-        computed = await self._stored(run) if run.entry.state == COMPUTED else await self._compute(run)
+        computed = await self._stored(run) if state == COMPUTED else await self._compute(run)
         run.is_computed = run.has_begun = True
-        run.settle(await self._pipeline.deliver(run.work, computed, self._attempt(run)))
+        if state == ACCEPTED:
+            run.storing = asyncio.create_task(self._store(run, computed))
+        try:
+            outcome = await self._pipeline.deliver(run.work, computed, self._attempt(run))
+        finally:
+            await run.end_storing()
+        self._observer.ended("done", outcome.stage_ms)
+        run.settle(outcome)
         await self._end(run)
 
     async def _stored(self, run: _Run) -> Computed:
@@ -446,13 +484,15 @@ class TaskExecutor:
                 computed = await self._compute_in_turn(run)
         except TimeoutError as error:
             raise run.failing or error from None
-        run.is_computed = True
-        record = await asyncio.to_thread(result_record, computed)
+        return computed
+
+    async def _store(self, run: _Run, computed: Computed) -> None:
+        """The result into the journal, beside the upload of its masks and before its row is told."""
         await self._reached(run, "store")
+        record = await asyncio.to_thread(result_record, computed)
         await self._keep(run, lambda: self._journal.compute(run.entry, record))
         run.entry = replace(run.entry, state=COMPUTED)
         _log.info("computed", extra=_of(run.job, attempt=run.entry.attempts))
-        return computed
 
     async def _compute_in_turn(self, run: _Run) -> Computed:
         if run.has_begun:
@@ -511,13 +551,19 @@ class TaskExecutor:
         hurry = asyncio.get_running_loop().call_later(TELL_WAIT_S, run.settle, error)
         try:
             if not isinstance(error, TaskNotFound | TaskConflict):  # there is no row, or it is another's
-                await self._pipeline.tell_failure(run.work, code, message, self._attempt(run))
+                await self._tell(run, code, message)
             run.settle(error)
             await self._end(run)
         finally:
             hurry.cancel()
             run.settle(error)
-        self._observer.ended("error")
+        self._observer.ended("error", run.work.clock.stage_ms)
+
+    async def _tell(self, run: _Run, code: str, message: str) -> None:
+        try:
+            await self._pipeline.tell_failure(run.work, code, message, self._attempt(run))
+        except TaskRowRefused as refusal:  # and always will: the journal alone says how the task ended
+            _log.error("the row takes no error", extra=_of(run.job, code=code, reason=str(refusal)))
 
     async def _keep(self, run: _Run, write: Callable[[], Awaitable[bool]]) -> None:
         """An arrow of the state machine. While the journal cannot be written, the task goes on all the same."""
@@ -553,10 +599,12 @@ class TaskExecutor:
         """One step, again and again while what stops it may pass."""
         pause_s = self._rules.first_pause_s
         while True:
+            await self._may_begin(run, step)
             await self._reached(run, step)
             try:
                 result = await self._place_for(run, step, call)
             except Exception as error:
+                await run.accepted.wait()
                 if not self._may_pass(run, error):
                     raise
                 failure = error
@@ -572,6 +620,13 @@ class TaskExecutor:
                 await self._begin(run)
             await self._pause(run, failure, pause_s * random.uniform(0.5, 1.0))
             pause_s = min(2 * pause_s, self._rules.max_pause_s)
+
+    async def _may_begin(self, run: _Run, step: str) -> None:
+        """Wait for what must be on the disk before a step."""
+        if step == "claim":
+            await run.accepted.wait()
+        if run.storing is not None and (step == "finish" or (step == "upload" and run.storing.done())):
+            await run.storing
 
     async def _pause(self, run: _Run, failure: Exception, seconds: float) -> None:
         """Wait for what is away; a task that goes alone lets the others go meanwhile."""
@@ -597,7 +652,7 @@ class TaskExecutor:
             return await call()
 
     def _may_pass(self, run: _Run, error: Exception) -> bool:
-        if isinstance(error, TaskNotFound | TaskConflict | RecordUnreadable):
+        if isinstance(error, _FINAL):
             return False
         if run.is_computed or run.entry.state == FAILED:  # it must be told one day, whatever is away
             return isinstance(error, StorageError | TaskError | TimeoutError)
@@ -606,7 +661,8 @@ class TaskExecutor:
     async def _reached(self, run: _Run, stage: str) -> None:
         """Before each step: for those who look."""
         run.stage = stage
-        await self._journal.reach(run.entry, stage)
+        if run.accepted.is_set():
+            await self._journal.reach(run.entry, stage)
 
     # --- taking over
 
@@ -621,6 +677,7 @@ class TaskExecutor:
                 for entry in orphans:
                     self._observer.taken_over()
                     await self._resume_or_let_go(entry)
+                await self._journal.probe()
                 if loop.time() >= prune_at_s:
                     prune_at_s = loop.time() + PRUNE_EVERY_S
                     await self._journal.prune()
@@ -648,8 +705,9 @@ class TaskExecutor:
             await self._journal.fail(entry, *self._code_of(error))
             await self._journal.finish(entry)
             return
-        run = self._launch(entry, Work(job, inputs), has_begun=False)
+        run = _Run(Work(job, inputs), has_begun=False)
         run.is_wanted = True
+        self._launch(run, entry)
 
     def _inputs_of(self, job: Job) -> TaskInputs:
         try:
@@ -662,30 +720,35 @@ class _Run:
     """What changes while one task is carried.
 
     Attributes:
-        entry: As the journal has it.
+        entry: As the journal has it; not there before it was accepted.
         work: Of the pipeline.
+        accepted: Whether the journal has it.
         ends_at_s: Of the event loop's clock: without a result by then, the task fails.
         has_begun: False while it waits for its turn.
         waiting: Callers.
         is_wanted: Somebody who does not wait here wants it: it goes on when all callers gave up.
         failures: Step → what it failed with, while it is tried again.
+        storing: The result on its way into the journal.
         unkept: What the journal could not be told.
         outcome: What callers wait for.
     """
 
-    def __init__(self, entry: Entry, work: Work, ends_at_s: float, *, has_begun: bool) -> None:
-        self.entry = entry
+    entry: Entry
+
+    def __init__(self, work: Work, *, has_begun: bool) -> None:
         self.work = work
         self.job = work.job
-        self.ends_at_s = ends_at_s
+        self.accepted = asyncio.Event()
+        self.ends_at_s = math.inf
         self.has_begun = has_begun
         self.waiting = 0
         self.is_wanted = False
         self.is_computed = False
         self.is_alone = False
         self.is_ending = False
-        self.stage = entry.stage
+        self.stage = FIRST_STAGE
         self.failures: dict[str, Exception] = {}
+        self.storing: asyncio.Task[None] | None = None
         self.unkept: Callable[[], Awaitable[bool]] | None = None
         self.limit: asyncio.Timeout | None = None
         self.outcome: asyncio.Future[JobOutcome] = asyncio.get_running_loop().create_future()
@@ -695,6 +758,20 @@ class _Run:
     def failing(self) -> Exception | None:
         """What a step waits for to pass."""
         return next(iter(self.failures.values()), None)
+
+    def accept(self, entry: Entry) -> None:
+        """The journal has it: whatever must not happen before may happen now."""
+        self.entry = entry
+        if self.task is None:
+            self.stage = entry.stage
+        self.accepted.set()
+
+    async def end_storing(self) -> None:
+        """Whatever comes next comes after the result in the journal."""
+        if self.storing is not None:
+            await asyncio.wait({self.storing})
+            if not self.storing.cancelled():
+                self.storing.exception()  # `finish` has raised it, or did not come to it: that is no mistake
 
     def end_now(self) -> None:
         """Let it fail as at its deadline, unless it has a result."""

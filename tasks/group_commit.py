@@ -97,6 +97,9 @@ class GroupCommit:
         file: The journal's file.
         lock: Taken around all that writes; orders the processes. Held while this is made.
 
+    Attributes:
+        failure: What a transaction failed with; stays until somebody has seen that the disk takes writes again.
+
     Raises:
         JournalUnavailable: the file cannot be opened.
     """
@@ -111,6 +114,7 @@ class GroupCommit:
         self._lazy: dict[object, Work[None]] = {}
         self._lazy_since = 0.0
         self._since_checkpoint_bytes = 0
+        self.failure: JournalUnavailable | None = None
         self._is_closed = False
         self._entrance = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
@@ -141,13 +145,22 @@ class GroupCommit:
             self._lazy[key] = work
             if is_first:
                 self._lazy_since = time.monotonic()
-                self._queue.put(False)
+                # Not the thread: it would be woken for each step of each task, to find that it has time.
+                asyncio.get_running_loop().call_later(LAZY_S, self._wake_if_due)
 
     async def aclose(self) -> None:
         """Ends all calls that wait, and closes the file."""
         with suppress(JournalUnavailable):
             self._put(True)
         await asyncio.to_thread(self._thread.join)
+
+    def _wake_if_due(self) -> None:
+        with self._entrance:
+            if self._lazy and self._is_lazy_due():
+                self._queue.put(False)
+
+    def _is_lazy_due(self) -> bool:
+        return time.monotonic() >= self._lazy_since + LAZY_S
 
     def _put(self, item: _Call | bool) -> None:
         with self._entrance:
@@ -168,11 +181,10 @@ class GroupCommit:
             self._checkpoint_if_due()
 
     def _wait(self) -> _Waiting:
-        """For calls, for the end, or for what is lazy to become due."""
+        """For calls, for the end, or to be told that what is lazy is due."""
         waiting = _Waiting()
-        due_in_s = max(0.0, self._lazy_since + LAZY_S - time.monotonic()) if self._lazy else None
         try:
-            item = self._queue.get(timeout=due_in_s)
+            item = self._queue.get()
             while True:
                 if isinstance(item, _Call):
                     waiting.calls.append(item)
@@ -186,7 +198,7 @@ class GroupCommit:
 
     def _take_lazy(self, *, is_due: bool) -> list[Work[None]]:
         with self._entrance:
-            if not self._lazy or not (is_due or time.monotonic() >= self._lazy_since + LAZY_S):
+            if not self._lazy or not (is_due or self._is_lazy_due()):
                 return []
             taken, self._lazy = [*self._lazy.values()], {}
             return taken
@@ -196,6 +208,7 @@ class GroupCommit:
             with mapped_errors(), self._lock.held(BUSY_TIMEOUT_S):
                 self._transact(calls, lazy)
         except JournalUnavailable as error:
+            self.failure = error
             for call in calls:
                 call.error = JournalUnavailable(str(error))
                 call.error.__cause__ = error.__cause__
@@ -203,8 +216,9 @@ class GroupCommit:
                 _log.warning("stages were not written to the journal: %s", error)
         except Exception as error:  # a bug must not end the thread that every task waits for
             _log.exception("the journal's thread failed")
+            self.failure = JournalUnavailable(f"the journal's thread failed ({type(error).__name__})")
             for call in calls:
-                call.error = JournalUnavailable(f"the journal's thread failed ({type(error).__name__})")
+                call.error = JournalUnavailable(str(self.failure))
         _settle_all(calls)
 
     def _transact(self, calls: Sequence[_Call], lazy: Sequence[Work[None]]) -> None:

@@ -14,6 +14,7 @@ import asyncio
 import enum
 import json
 import logging
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -21,11 +22,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Final, TypeVar
 
 from tasks.errors import BacklogFull, JournalTooNew, JournalUnavailable, TaskConflict
 from tasks.group_commit import GroupCommit, Transaction
-from tasks.journal_file import DAMAGED, connect_reader, database_of, mapped_errors, prepared
+from tasks.journal_file import DAMAGED, FORMAT, connect_reader, database_of, mapped_errors, prepared
 from tasks.owners import Owners, Turns
 
 T = TypeVar("T")
@@ -43,6 +45,7 @@ FIRST_STAGE: Final = "accepted"
 TAKEN_AT_ONCE: Final = 64  # so that other processes get some, too
 PRUNED_AT_ONCE: Final = 200  # entries in one transaction
 FREED_AT_ONCE: Final = 256  # pages in one transaction: 1 MB
+PROBE_BYTES: Final = 1 << 18  # some tasks and their results
 
 _COLUMNS: Final = (
     "task_id, fingerprint, job, state, stage, attempts, owner, run, is_wanted, error_code, error_message, "
@@ -89,7 +92,7 @@ class Entry:
         is_wanted: Somebody who does not wait for it was told that it was accepted.
         error: Code and message, in FAILED and ERROR.
         accepted_at: Unix time, seconds; as are the others. Of the latest acceptance.
-        deadline_at: When a run without a result is given up.
+        deadline_at: When a run without a result is given up. Moves by the time in which nobody carried the entry.
         updated_at: Of the latest write.
     """
 
@@ -153,6 +156,20 @@ class Journal:
         Others see it as dead once the journal is closed, or the process ended.
         """
         return "" if self._held is None else self._held.owners.ours
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether this process could open the journal, and no write failed since `probe` last found room."""
+        return self._held is not None and self._held.writer.failure is None
+
+    async def probe(self) -> None:
+        """After a write that failed, see whether there is room again, for more than the few bytes of a small one."""
+        if self._held is None or self._held.writer.failure is None:
+            return
+        with suppress(JournalUnavailable):
+            await asyncio.to_thread(self._find_room)
+            await self._write(_write_a_page)
+            self._held.writer.failure = None
 
     async def accept(
         self,
@@ -320,6 +337,9 @@ class Journal:
 
         Costs no commit when there are none, so that it can be asked every second.
 
+        The deadline of each moves by the time since the last that its owner wrote about any of its own: so long,
+        at most, nobody carried it.
+
         Returns:
             Oldest first, `TAKEN_AT_ONCE` at most. One that is damaged beyond reading ends as ERROR, and is logged.
         """
@@ -333,12 +353,16 @@ class Journal:
 
         def work(transaction: Transaction) -> list[Entry]:
             connection = transaction.connection
+            last_words = f"select owner, max(updated_at) from entries where {_IS_OWNERLESS} group by owner"
+            seen = {name: at for name, at in connection.execute(last_words, bound) if name is not None}
             statement = f"""
-                update entries set owner = :owner, run = run + 1, updated_at = :now
+                update entries set owner = :owner, run = run + 1, updated_at = :now, deadline_at = deadline_at
+                    + max(0.0, :now - coalesce((select value from json_each(:seen) where key = owner), updated_at))
                 where id in (select id from entries where {_IS_OWNERLESS} order by accepted_at limit {TAKEN_AT_ONCE})
                 returning {_COLUMNS}
             """
-            rows = connection.execute(statement, {**bound, "now": transaction.now}).fetchall()
+            values = {**bound, "now": transaction.now, "seen": json.dumps(seen)}
+            rows = connection.execute(statement, values).fetchall()
             held.owners.remove_the_dead()
             return sorted(_readable(transaction, rows), key=lambda entry: entry.accepted_at)
 
@@ -414,6 +438,12 @@ class Journal:
                     raise
                 self._held = _Held(lock, owners, writer)
             return self._held
+
+    def _find_room(self) -> None:
+        with mapped_errors(), TemporaryFile(dir=self._directory) as file:
+            file.write(bytes(PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
 
     def _prune_some(self, transaction: Transaction) -> int:
         connection = transaction.connection
@@ -583,6 +613,11 @@ def _change(transaction: Transaction, bound: Mapping[str, object], changes: str,
 def _owners_of_unfinished(connection: sqlite3.Connection) -> list[str | None]:
     query = f"select distinct owner from entries where {_IS_UNFINISHED}"
     return [owner for (owner,) in connection.execute(query).fetchall()]
+
+
+def _write_a_page(transaction: Transaction) -> None:
+    """SQLite writes the page of its header, whatever stood there."""
+    transaction.connection.execute(f"pragma user_version = {FORMAT}")
 
 
 def _free_some(transaction: Transaction) -> bool:

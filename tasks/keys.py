@@ -29,6 +29,19 @@ def prompt_mask_key(task_id: str, index: int) -> str:
     return f"masks/{_checked(task_id)}/{index:d}.png"
 
 
+def output_key(task_id: str, suffix: str) -> str:
+    """Key of something that is made of what a task found, beside the mask.
+
+    Args:
+        task_id: As in `union_mask_key`.
+        suffix: Which, and the kind of file: `overlay.jpg`.
+
+    Raises:
+        InvalidTaskId: as in `union_mask_key`.
+    """
+    return f"masks/{_checked(task_id)}.{suffix}"
+
+
 def _checked(task_id: str) -> str:
     if not _TASK_ID.fullmatch(task_id):
         raise InvalidTaskId(

@@ -17,15 +17,17 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol, TypeVar
 
 import numpy as np
 
 from sam3_runner import errors as runner_errors
 from sam3_runner import rle
-from sam3_runner.images import ImageLimits, ModelImage
+from sam3_runner.drawing import Found
+from sam3_runner.images import ImageLimits, ModelImage, Region
 from sam3_runner.masks import encode_png
+from sam3_runner.outputs import KINDS, Order, make_outputs
 from sam3_runner.types import (
     ItemError,
     ModelInfo,
@@ -34,10 +36,10 @@ from sam3_runner.types import (
     Segmentation,
     SegmentItem,
     SegmentResult,
-    Selection,
 )
 from storage import ObjectStore
-from tasks.keys import prompt_mask_key, union_mask_key
+from tasks.job import Job, in_crop, name_of
+from tasks.keys import output_key, prompt_mask_key, union_mask_key
 from tasks.store import TaskInputs, TaskResult, TaskStore
 
 T = TypeVar("T")
@@ -47,28 +49,6 @@ STAGES: Final = ("download", "decode", "queue", "infer", "encode", "upload", "ro
 MAX_INSTANCES_IN_ROW: Final = 200
 # Longer than the rows' own retries take: an update that outlives it will hardly arrive any more.
 ROW_WRITE_WAIT_S: Final = 20.0
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What one request asks for.
-
-    Attributes:
-        prompts: At least one; exactly one unless `is_batch`.
-        is_batch: Masks go to `masks/{task_id}/{i}.png`, and their union to `masks/{task_id}.png`.
-    """
-
-    task_id: str
-    user_id: str
-    image_url: str
-    prompts: tuple[str, ...]
-    score_threshold: float
-    request_id: str
-    is_batch: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.prompts or (len(self.prompts) > 1 and not self.is_batch):
-            raise ValueError(f"{len(self.prompts)} prompts in a job with is_batch={self.is_batch}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,12 +76,12 @@ class PromptOutcome:
 
     Attributes:
         mask_key: Key of the union of its instances, a PNG of the image's own size.
-        mask_url: Where others read that mask.
+        mask_url: Where others read that mask. None if it was not asked for.
     """
 
-    prompt: str
+    prompt: Prompt
     mask_key: str
-    mask_url: str
+    mask_url: str | None
     segmentation: Segmentation
 
     @property
@@ -111,8 +91,8 @@ class PromptOutcome:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The prompt, if it found anything."""
-        return (self.prompt,) if len(self.segmentation.scores) else ()
+        """What it looked for, if it found anything."""
+        return (name_of(self.prompt),) if len(self.segmentation.scores) else ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,21 +103,25 @@ class JobOutcome:
         image_size_hw: Of the upright image.
         prompts: One per prompt of the job, in order.
         mask_key: Key of the union over all prompts.
-        mask_url: Where others read that mask.
+        mask_url: Where others read that mask. None if it was not asked for.
         stage_ms: Milliseconds for each of `STAGES`. Stages overlap: the sum may exceed the time the job took.
             `encode` adds up the time of all masks; `upload` is from the first begin to the last end;
             `row_update` adds up both updates.
         model: What segmented it.
         batch_size: How many requests shared the model's batch.
+        output_urls: Where others read the outputs beside the mask, by name.
+        documents: Those of them that are JSON, as far as they are at hand; `document` makes the others.
     """
 
     image_size_hw: tuple[int, int]
     prompts: tuple[PromptOutcome, ...]
     mask_key: str
-    mask_url: str
+    mask_url: str | None
     stage_ms: dict[str, float]
     model: ModelInfo
     batch_size: int
+    output_urls: dict[str, str] = field(default_factory=dict)
+    documents: dict[str, bytes] = field(default_factory=dict)
 
     @property
     def confidence(self) -> float:
@@ -168,10 +152,18 @@ class Runner(Protocol):
 
 
 class ImageDecoder(Protocol):
-    """Where image files are decoded (see `sam3_runner.sandbox.ImageSandbox`)."""
+    """Where image files are decoded, and drawn on (see `sam3_runner.sandbox.ImageSandbox`)."""
 
-    async def open_for_model(self, data: bytes, input_size_px: int) -> ModelImage:
-        """The file as the model takes it. Raises `ImageError`."""
+    async def open_for_model(
+        self, data: bytes, input_size_px: int, region: Region | None = None
+    ) -> ModelImage:
+        """The file as the model takes it. Raises `ImageError`, `InvalidRegion`."""
+        ...
+
+    async def make_outputs(
+        self, order: Order, found: Found, size_hw: tuple[int, int], data: bytes
+    ) -> dict[str, bytes]:
+        """Files of what was found, by name. Raises `OutputTooLarge`, `ImageError`."""
         ...
 
 
@@ -251,9 +243,8 @@ class Pipeline:
         """
         image, model = await self._claim_and_load(work, attempt)
         result = await attempt("segment", lambda: self._segment(work, image))
-        return Computed(
-            image.size_hw, result.segmentations, model, result.batch_size, dict(work.clock.stage_ms)
-        )
+        found = await self._in_pool(_in_whole_image, result.segmentations, image)
+        return Computed(image.size_hw, found, model, result.batch_size, dict(work.clock.stage_ms))
 
     async def deliver(self, work: Work, computed: Computed, attempt: Attempt = once) -> JobOutcome:
         """Uploads the masks and makes the row `done`.
@@ -263,7 +254,11 @@ class Pipeline:
             TaskError, StorageError: as the steps do.
         """
         await attempt("upload", lambda: self._save_masks(work, computed))
-        outcome = self.outcome(work.job, computed, work.clock.stage_ms)
+        made = await self._make_outputs(work, computed, attempt)
+        outcome = replace(
+            self.outcome(work.job, computed, work.clock.stage_ms),
+            documents={name: data for name, data in made.items() if KINDS[name].is_document},
+        )
         result = _row_result(outcome)
         await attempt("finish", lambda: work.write_row(self._tasks.finish(work.inputs, result)))
         return outcome
@@ -280,18 +275,23 @@ class Pipeline:
 
     def outcome(self, job: Job, computed: Computed, stage_ms: dict[str, float]) -> JobOutcome:
         """What a job came to, given what was computed."""
-        mask_key, keys = union_mask_key(job.task_id), _prompt_keys(job)
+        url_of = self._store.public_url if job.makes("mask") else _no_url
+        mask_key, keys = union_mask_key(job.task_id), prompt_mask_keys(job)
         return JobOutcome(
             image_size_hw=computed.image_size_hw,
             prompts=tuple(
-                PromptOutcome(prompt, key, self._store.public_url(key), found)
+                PromptOutcome(prompt, key, url_of(key), found)
                 for prompt, key, found in zip(job.prompts, keys, computed.segmentations, strict=True)
             ),
             mask_key=mask_key,
-            mask_url=self._store.public_url(mask_key),
+            mask_url=url_of(mask_key),
             stage_ms=stage_ms,
             model=computed.model,
             batch_size=computed.batch_size,
+            output_urls={
+                name: self._store.public_url(output_key(job.task_id, KINDS[name].suffix))
+                for name in job.others
+            },
         )
 
     async def _claim_and_load(self, work: Work, attempt: Attempt) -> tuple[ModelImage, ModelInfo]:
@@ -312,7 +312,9 @@ class Pipeline:
             attempt("download", lambda: self._download(work)), attempt("model", self._model_info)
         )
         with work.clock.timed("decode"):
-            image = await attempt("decode", lambda: self._decoder.open_for_model(data, model.input_size_px))
+            image = await attempt(
+                "decode", lambda: self._decoder.open_for_model(data, model.input_size_px, work.job.region)
+            )
         return image, model
 
     async def _download(self, work: Work) -> bytes:
@@ -325,9 +327,9 @@ class Pipeline:
         return self._model
 
     async def _segment(self, work: Work, image: ModelImage) -> SegmentResult:
-        selection = Selection(score_threshold=work.job.score_threshold)
-        prompts = tuple(Prompt(text, selection=selection) for text in work.job.prompts)
-        item = SegmentItem(image.pixels, image.size_hw, prompts, key=image.content_hash)
+        left, top, right, bottom = image.crop_xyxy_px
+        prompts = tuple(in_crop(prompt, image.size_hw, image.crop_xyxy_px) for prompt in work.job.prompts)
+        item = SegmentItem(image.pixels, (bottom - top, right - left), prompts, key=image.content_hash)
         began = time.perf_counter()
         result = await self._runner.segment(item)
         call_ms = (time.perf_counter() - began) * 1000
@@ -343,9 +345,13 @@ class Pipeline:
 
     async def _save_masks(self, work: Work, computed: Computed) -> None:
         """Encodes and uploads masks side by side: that of the task and, in a batch, those of the prompts."""
+        if not work.job.makes("mask"):
+            return
         found = computed.segmentations
         masks_of = {union_mask_key(work.job.task_id): [mask for one in found for mask in one.masks]}
-        masks_of |= {key: list(one.masks) for key, one in zip(_prompt_keys(work.job), found, strict=True)}
+        if work.job.is_batch:
+            keys = prompt_mask_keys(work.job)
+            masks_of |= {key: list(one.masks) for key, one in zip(keys, found, strict=True)}
         places = asyncio.Semaphore(self._max_uploads)
         size_hw = computed.image_size_hw
         saves = [self._save_mask(work, key, masks, size_hw, places) for key, masks in masks_of.items()]
@@ -364,6 +370,34 @@ class Pipeline:
             work.clock.add("encode", encode_ms)
             with work.clock.spanned("upload"):
                 await self._store.put(key, png, "image/png")
+
+    async def _make_outputs(self, work: Work, computed: Computed, attempt: Attempt) -> dict[str, bytes]:
+        """Makes and stores what was asked for beside the mask; the photo is read again if it is drawn on."""
+        if not work.job.others:
+            return {}
+        order = order_of(work.job)
+        photo = await attempt("download", lambda: self._download(work)) if order.needs_pixels else b""
+        found = [
+            (name_of(prompt), one)
+            for prompt, one in zip(work.job.prompts, computed.segmentations, strict=True)
+        ]
+        with work.clock.timed("encode"):
+            made = await attempt(
+                "draw", lambda: self._decoder.make_outputs(order, found, computed.image_size_hw, photo)
+            )
+        await attempt("upload", lambda: self._save_outputs(work, made))
+        return made
+
+    async def _save_outputs(self, work: Work, made: dict[str, bytes]) -> None:
+        with work.clock.spanned("upload"):
+            await _together(
+                *(
+                    self._store.put(
+                        output_key(work.job.task_id, KINDS[name].suffix), data, KINDS[name].media_type
+                    )
+                    for name, data in made.items()
+                )
+            )
 
     async def _in_pool(self, call: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._codec_pool, call, *arguments)
@@ -458,17 +492,51 @@ def inputs_of(job: Job, image_key: str = "") -> TaskInputs:
         user_id=job.user_id,
         image_url=job.image_url,
         image_key=image_key,
-        prompts=job.prompts,
-        score_threshold=job.score_threshold,
+        prompts=tuple(map(name_of, job.prompts)),
+        score_threshold=job.prompts[0].selection.score_threshold,
+        question=job.question,
         request_id=job.request_id,
     )
 
 
-def _prompt_keys(job: Job) -> list[str]:
+def _no_url(key: str) -> None:
+    """Of what is not made."""
+
+
+def prompt_mask_keys(job: Job) -> list[str]:
     """The key of each prompt's mask; that of the task where there is but one."""
     if not job.is_batch:
         return [union_mask_key(job.task_id)]
     return [prompt_mask_key(job.task_id, index) for index in range(len(job.prompts))]
+
+
+def _in_whole_image(found: Sequence[Segmentation], image: ModelImage) -> tuple[Segmentation, ...]:
+    """What was found in the part that the model saw, in the frame of the whole image."""
+    left, top, right, bottom = image.crop_xyxy_px
+    if (bottom - top, right - left) == image.size_hw:
+        return tuple(found)
+    return tuple(
+        Segmentation(
+            one.scores,
+            one.boxes_xyxy_px + np.array([left, top, left, top], np.float32),
+            tuple(rle.pasted(mask, (top, left), image.size_hw) for mask in one.masks),
+        )
+        for one in found
+    )
+
+
+def order_of(job: Job, names: tuple[str, ...] | None = None) -> Order:
+    """What is to be made for a job: all outputs beside the mask, or some of them."""
+    file_name = job.image_url.partition("?")[0].rsplit("/", 1)[-1]
+    return Order(job.others if names is None else names, job.polygon_tolerance_px, file_name)
+
+
+def document(job: Job, outcome: JobOutcome, name: str) -> bytes:
+    """An output that is JSON: as it was made, or made again, which takes milliseconds of CPU."""
+    if name not in outcome.documents:
+        found = [(name_of(prompt.prompt), prompt.segmentation) for prompt in outcome.prompts]
+        return make_outputs(order_of(job, (name,)), found, outcome.image_size_hw)[name]
+    return outcome.documents[name]
 
 
 def _encode_union(masks: Sequence[RunLengthMask], size_hw: tuple[int, int]) -> tuple[bytes, float]:
@@ -500,7 +568,7 @@ def _instances(prompts: Iterable[PromptOutcome]) -> Iterator[dict[str, Any]]:
         found = outcome.segmentation
         for score, box, mask in zip(found.scores, found.boxes_xyxy_px, found.masks, strict=True):
             yield {
-                "prompt": outcome.prompt,
+                "prompt": name_of(outcome.prompt),
                 "score": round(float(score), 4),
                 "box_xyxy_px": [round(float(edge), 1) for edge in box],
                 "area_px": int(rle.area_px(mask)),

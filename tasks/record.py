@@ -11,18 +11,15 @@ from typing import Any, Final
 
 from sam3_runner.types import ModelInfo, SegmentResult
 from sam3_runner.wire import WireError, decode_results, encode_results
+from tasks import job
 from tasks.errors import RecordUnreadable
-from tasks.pipeline import Computed, Job
+from tasks.job import Job
+from tasks.pipeline import Computed
 
 MAGIC: Final = b"S3R1"
 _PREFIX = struct.Struct("<4sI")
 # Run lengths shrink to a third at the fastest level; a higher one takes three times as long for a tenth less.
 _LEVEL: Final = 1
-
-
-def job_record(job: Job) -> dict[str, Any]:
-    """A job as JSON values."""
-    return asdict(job)
 
 
 def job_of(record: Mapping[str, Any]) -> Job:
@@ -32,7 +29,7 @@ def job_of(record: Mapping[str, Any]) -> Job:
         RecordUnreadable: it is none of this version.
     """
     try:
-        return Job(**{**record, "prompts": tuple(record["prompts"])})
+        return job.job_of(record)
     except (KeyError, TypeError, ValueError) as error:
         raise RecordUnreadable(f"the journal holds a job that is none: {error}") from error
 

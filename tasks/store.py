@@ -35,7 +35,8 @@ class TaskInputs:
         image_key: Key of the same image in the object store; empty when it is not known. A URL that is signed
             anew for a retry then still counts as the same input.
         prompts: At least one, in the caller's order.
-        score_threshold: In [0, 1].
+        score_threshold: In [0, 1]; that of the first prompt.
+        question: Whatever else shapes the answer, in a form of its own; empty if nothing does.
         request_id: Of the request that works on it; not part of the fingerprint.
     """
 
@@ -45,12 +46,15 @@ class TaskInputs:
     prompts: tuple[str, ...]
     score_threshold: float
     request_id: str = ""
+    question: str = ""
     image_key: str = ""
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (64 hex digits) over image, prompts and threshold: equal inputs, equal fingerprint."""
+        """SHA-256 (64 hex digits) over image, prompts and what else was asked: equal inputs, equal fingerprint."""
         inputs = [self.image_key or self.image_url, list(self.prompts), float(self.score_threshold)]
+        if self.question:
+            inputs.append(self.question)
         return hashlib.sha256(json.dumps(inputs, ensure_ascii=True).encode()).hexdigest()
 
     def row_metadata(self) -> dict[str, Any]:
@@ -63,12 +67,12 @@ class TaskResult:
     """What a finished row says.
 
     Attributes:
-        mask_image_url: Where the union mask can be read.
+        mask_image_url: Where the union mask can be read; None if there is none.
         labels: Prompts that were found, in the caller's order.
         metadata: JSON values only. Replaces the row's metadata; `TaskInputs.row_metadata()` is added to it.
     """
 
-    mask_image_url: str
+    mask_image_url: str | None
     labels: tuple[str, ...]
     metadata: Mapping[str, Any]
 

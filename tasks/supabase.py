@@ -23,7 +23,7 @@ from typing import Any, Final
 
 import httpx
 
-from tasks.errors import TaskConflict, TaskError, TaskStoreTimeout, TaskStoreUnavailable
+from tasks.errors import TaskConflict, TaskError, TaskRowRefused, TaskStoreTimeout, TaskStoreUnavailable
 from tasks.store import (
     DONE,
     ERROR,
@@ -43,6 +43,11 @@ from tasks.store import (
 TABLE: Final = "segmentation_results"
 # 520–524 are Cloudflare's, in front of Supabase: the origin hung up, refused or timed out.
 RETRIED_STATUSES: Final = frozenset({408, 429, 502, 503, 504, 520, 521, 522, 523, 524})
+# Postgres or a gateway has read the request and does not like what it says; the next time neither.
+REFUSED_STATUSES: Final = frozenset({400, 409, 413, 414, 415, 422})
+# Unless it is the database that is not as it should be: a table, column or right is missing (PostgREST's own class,
+# and Postgres'). Whoever applies the migrations mends that for all tasks.
+NOT_SET_UP: Final = ("PGRST2", "42")
 RETRIED_ERRORS: Final = (
     httpx.TimeoutException,
     httpx.NetworkError,
@@ -193,6 +198,8 @@ class SupabaseTasks:
         code = _error_code(reply)
         if reply.status_code == 400 and code == INVALID_TEXT_REPRESENTATION:
             return []
+        if reply.status_code in REFUSED_STATUSES and not code.startswith(NOT_SET_UP):
+            raise TaskRowRefused(f"{_told(reply, code)}: it refuses what the task's row would say")
         raise self._refusal(reply, code)
 
     async def _send_with_retries(
@@ -234,7 +241,7 @@ class SupabaseTasks:
 
     def _refusal(self, reply: httpx.Response, code: str) -> TaskStoreUnavailable:
         """What an unexpected status means. The reply's own text stays out: it may repeat what was sent."""
-        status = f"Supabase answered {reply.status_code}" + (f" ({code})" if code else "")
+        status = _told(reply, code)
         if reply.status_code in (401, 403):
             return TaskStoreUnavailable(f"{status}: it refuses the service key; check SUPABASE_SERVICE_KEY")
         if reply.status_code == 404:
@@ -242,6 +249,10 @@ class SupabaseTasks:
                 f"{status}: check SUPABASE_URL, and that tasks/migrations were applied"
             )
         return TaskStoreUnavailable(f"{status} to the call about the task's row")
+
+
+def _told(reply: httpx.Response, code: str) -> str:
+    return f"Supabase answered {reply.status_code}" + (f" ({code})" if code else "")
 
 
 def auth_headers(service_key: str) -> dict[str, str]:

@@ -192,7 +192,7 @@ async def test_a_sound_request_before_the_model_is_loaded_touches_no_row(face: F
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("POST", PREDICT + "/"), ("POST", BATCH + "/"), ("GET", "/metrics/"), ("GET", "/files"), ("GET", "/")],
+    [("POST", PREDICT + "/"), ("POST", BATCH + "/"), ("GET", "/metrics/"), ("GET", "/files")],
 )
 async def test_a_path_that_is_nearly_a_route_is_none_and_nothing_redirects(
     face: Face, method: str, path: str

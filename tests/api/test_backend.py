@@ -14,7 +14,9 @@ import pytest
 
 from api.backend import check_settings, make_backend
 from api.config import ConfigurationError, Settings
+from tasks.errors import JournalUnavailable
 from tasks.local import LocalTasks
+from tasks.owners import Lock
 
 R2 = {
     "r2_endpoint": "https://account.r2.cloudflarestorage.com",
@@ -154,6 +156,31 @@ def test_a_database_that_somebody_else_owns_is_told(open_dir: Path) -> None:
     (open_dir / "tasks.sqlite3").chmod(0o444)
     with without_root(open_dir):
         assert f"let the user {os.geteuid()} write tasks.sqlite3" in complaint_about(settings_with(open_dir))
+
+
+async def test_a_journal_that_takes_no_writes_is_told_until_it_does_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = make_backend(settings_with(tmp_path), "http://127.0.0.1:1", "http://127.0.0.1:2")
+
+    async def status() -> str:
+        told: str = (await backend.dependencies())["journal"]["status"]
+        return told
+
+    try:
+        assert await status() == "ok"
+        monkeypatch.setattr("tasks.group_commit.BUSY_TIMEOUT_S", 0.05)
+        lock = Lock(tmp_path / "journal" / "lock")
+        assert lock.take()
+        with pytest.raises(JournalUnavailable):
+            await backend.journal.accept("a", "f", {}, deadline_s=1.0, max_unfinished=9, begins=False)
+        await backend.journal.probe()
+        assert await status() == "down"
+        lock.close()
+        await backend.journal.probe()
+        assert await status() == "ok"
+    finally:
+        await backend.aclose()
 
 
 async def test_a_backend_that_cannot_be_made_names_the_variable_too(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ NAMES = {
     "file": examples.RESPONSES["put_file"],
     "error": examples.ERROR,
 }
+PARTS = {"batch.prompts": examples.BATCH_PROMPTS, "outputs": examples.OUTPUTS}
 SCHEMAS = {
     "predict.request": "PredictRequest",
     "batch.request": "BatchRequest",
@@ -49,7 +50,7 @@ def check(value: Any, schema: str) -> None:
 def test_the_document_was_read() -> None:
     assert len(CONTRACT.routes) == len(ROUTES)
     assert len(CONTRACT.statuses) > 20
-    assert set(CONTRACT.examples) == set(NAMES)
+    assert set(CONTRACT.examples) == {*NAMES, *PARTS}
 
 
 def test_the_document_has_exactly_the_routes_of_the_code() -> None:
@@ -79,6 +80,17 @@ def test_every_code_is_answered_by_some_route() -> None:
 def test_an_example_is_the_same_in_both_documents_and_fits_its_schema(name: str) -> None:
     assert CONTRACT.examples[name] == NAMES[name]
     check(NAMES[name], SCHEMAS[name])
+
+
+def test_the_examples_of_parts_fit_into_the_whole() -> None:
+    assert {name: CONTRACT.examples[name] for name in PARTS} == PARTS
+    check({**NAMES["predict.response"], "outputs": examples.OUTPUTS}, "PredictResponse")
+    batch = {**NAMES["batch.request"], "prompts": examples.BATCH_PROMPTS}
+    check(batch, "BatchRequest")
+    words, square, exemplars = schemas.parse_request(schemas.BatchRequest, batch).all_prompts
+    assert (words.text, square.text, exemplars.text) == ("red circle", "square", None)
+    assert (words.selection.score_threshold, square.selection.score_threshold) == (0.5, 0.3)
+    assert [box.is_positive for box in exemplars.boxes] == [True, False]
 
 
 def test_the_example_requests_are_requests_that_the_code_takes() -> None:

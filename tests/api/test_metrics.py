@@ -73,7 +73,7 @@ def test_a_dependency_is_up_if_no_living_worker_takes_it_to_be_down(tmp_path: Pa
 
 
 def test_what_a_dead_worker_counted_still_counts(tmp_path: Path) -> None:
-    does = 'metrics.tasks.retried("upload"); metrics.tasks.taken_over(); metrics.tasks.ended("done")'
+    does = 'metrics.tasks.retried("upload"); metrics.tasks.taken_over(); metrics.tasks.ended("done", {})'
     with worker(tmp_path, does) as one, worker(tmp_path, does) as other:
         other.send_signal(signal.SIGKILL)
         other.wait()
@@ -81,6 +81,16 @@ def test_what_a_dead_worker_counted_still_counts(tmp_path: Path) -> None:
     assert samples['s3_task_retries_total{step="upload"}'] == 2
     assert samples["s3_task_takeovers_total"] == 2
     assert samples['s3_tasks_total{outcome="done"}'] == 2
+
+
+def test_the_stages_of_tasks_that_ended_are_counted_as_far_as_they_came() -> None:
+    metrics = RequestMetrics()
+    metrics.tasks.ended("error", {"download": 5.0, "decode": 0.0, "nap": 1.0})
+    text = metrics.exposition({}).decode()
+    assert 's3_stage_seconds_count{stage="download"} 1.0' in text
+    assert 's3_stage_seconds_sum{stage="download"} 0.005' in text
+    assert 's3_stage_seconds_count{stage="decode"} 0.0' in text
+    assert "nap" not in text
 
 
 def test_tasks_that_wait_are_counted_once_for_the_whole_host(tmp_path: Path) -> None:

@@ -89,6 +89,11 @@ def first_refusal(kept: Kept, tasks: list[Task]) -> tuple[int, httpx.Response]:
     pytest.fail(f"{len(tasks)} tasks were accepted on a disk that is full")
 
 
+def journal_status(kept: Kept) -> str:
+    health = httpx.get(f"{kept.url}/health", trust_env=False).json()
+    return str(health["dependencies"]["journal"]["status"])
+
+
 def pids(kept: Kept) -> set[int]:
     return {process.pid for role in ("supervisor", "web", "runner") for process in kept.of_role(role)}
 
@@ -108,6 +113,7 @@ def test_a_full_disk_refuses_new_work_until_there_is_room_again(
         accepted, refusal = first_refusal(kept, tasks)
         assert_refused(refusal)
         assert world.status(tasks[accepted]) == "pending"
+        assert journal_status(kept) == "down"
         assert pids(kept) == before
         # Started on a disk that is full, it is up to say so, and is not started again and again.
         kept.kill("all", random.Random(0))
@@ -116,6 +122,7 @@ def test_a_full_disk_refuses_new_work_until_there_is_room_again(
         assert_refused(first_refusal(kept, tasks[accepted:])[1])
     finally:
         disk.free()
+    wait_until(lambda: journal_status(kept) == "ok", 30, "the journal is well again", kept.log)
     sent = tasks[: accepted + 1]
     with RowWatch(world) as watch:  # the Edge's patience: all of them once more
         story.answers = Edge(kept.url, watch, patience_s=60).carry_out(sent, 4)

@@ -18,7 +18,8 @@ def files_under(folder: Path) -> set[str]:
 
 def test_the_bento_holds_the_service_and_the_demo_weights_and_nothing_else(bento: Path) -> None:
     sources = {path for path in files_under(bento / "src") if not path.startswith("weights/demo/")}
-    expected = {"service.py", "bentofile.yaml", ".env.example"}
+    expected = {"service.py", "bentofile.yaml", ".env.example", "examples/shapes.jpg"}
+    expected |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "playground").iterdir()}
     for part in ("api", "sam3_runner", "storage", "tasks"):
         expected |= {path.relative_to(ROOT).as_posix() for path in (ROOT / part).rglob("*.py")}
     expected |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "tasks/migrations").glob("*.sql")}
@@ -60,6 +61,11 @@ def test_the_built_bento_finds_the_red_circles(bento_client: httpx.Client) -> No
     assert len(found) == 3
     mask, truth = union(found, found[0].size_hw), mask_of("red", "circle")
     assert (mask & truth).sum() / (mask | truth).sum() > 0.85
+
+
+def test_the_built_bento_serves_the_playground(bento_client: httpx.Client) -> None:
+    assert "<title>SAM3 playground</title>" in bento_client.get("/").text
+    assert bento_client.get("/playground/sample.jpg").content == SHAPES_JPG.read_bytes()
 
 
 def test_the_built_bento_brought_the_demo_model(bento_client: httpx.Client) -> None:

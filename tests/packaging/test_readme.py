@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -61,10 +62,34 @@ def test_the_round_trip_by_curl_ends_with_the_mask(
 
 def test_the_library_example_prints_three_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    (example,) = blocks("README.md", "python")
+    (example,) = (block for block in blocks("README.md", "python") if "Segmenter" in block)
     with redirect_stdout(io.StringIO()) as printed:
         exec(compile(example, "README.md", "exec"), {})
     assert len(re.findall(r"[01]\.\d*", printed.getvalue().split("]")[0])) == 3
+
+
+@pytest.mark.parametrize("client", ["S3Client", "SyncHTTPClient"])
+def test_the_examples_of_clients_get_an_answer(
+    client: str, bento_client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    bento_client.put("/files/uploads/shapes.jpg", content=SHAPES_JPG.read_bytes())
+    (example,) = (block for block in blocks("README.md", "python") if client in block)
+    with redirect_stdout(io.StringIO()) as printed:
+        exec(compile(example.replace(":8000", f":{bento_client.base_url.port}"), "README.md", "exec"), {})
+    assert re.search(r"0\.9\d", printed.getvalue())
+
+
+def test_the_command_that_makes_an_overlay_does(tmp_path: Path) -> None:
+    (command,) = (block for block in blocks("README.md", "sh") if "sam3_runner view" in block)
+    arguments = [part.strip('"') for part in re.findall(r'"[^"]*"|\S+', command)][1:]
+    arguments[arguments.index("overlay.png")] = str(tmp_path / "overlay.png")
+    shown = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "red circle" in shown.stdout
+    assert Image.open(tmp_path / "overlay.png").size == (800, 600)
 
 
 def test_the_answer_that_the_readme_shows_has_the_fields_of_a_real_one(bento_client: httpx.Client) -> None:

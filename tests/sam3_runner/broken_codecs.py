@@ -86,7 +86,7 @@ def talk_nonsense() -> None:
 
 def answer_unasked() -> None:
     def answer() -> None:
-        time.sleep(0.02)
+        time.sleep(0.5)  # after the answer, on a busy machine too
         for child in _children():
             child._channel.send(decoder.REPLY.pack(0, decoder.Outcome.DONE, 0, 64, 96))
 
@@ -123,13 +123,17 @@ def ordered(data: bytes, order: str) -> bytes:
     return data + _MARK + order.encode()
 
 
-def _obeying(data: bytes, input_size_px: int, limits: images.ImageLimits | None = None) -> object:
-    _, marked, order = data.rpartition(_MARK)
-    if marked:
-        ORDERS[order.decode()]()
-    return images.decode_for_model(data, input_size_px, limits)
+def _obeying(decode: Callable[..., object]) -> Callable[..., object]:
+    def obey(data: bytes, *rest: object) -> object:
+        _, marked, order = data.rpartition(_MARK)
+        if marked:
+            ORDERS[order.decode()]()
+        return decode(data, *rest)
+
+    return obey
 
 
 if __name__ == "__main__":
-    vars(decoder)["decode_for_model"] = _obeying
+    for decode in (images.decode_for_model, images.decode_whole):
+        vars(decoder)[decode.__name__] = _obeying(decode)
     decoder.main(sys.argv[1:])

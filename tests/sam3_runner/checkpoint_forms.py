@@ -1,6 +1,8 @@
 """One set of weights in every form that the runner loads."""
 
+import functools
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.sam3_runner.meta_checkpoint import to_meta
+from sam3_runner import loading
+from tests.sam3_runner.meta_checkpoint import clicks_to_meta, to_meta
 
 Writer = Callable[[Path, Path], Path]
 
@@ -18,20 +21,57 @@ def tensors_of(source: Path) -> dict[str, Tensor]:
     return load_file(source / "model.safetensors")
 
 
+def click_tensors(source: Path) -> dict[str, Tensor]:
+    """An interactive head for this detector, by `ClickModel`'s names: right in form, blind in answer."""
+    return dict(_click_tensors(source))
+
+
+@functools.cache
+def _click_tensors(source: Path) -> dict[str, Tensor]:
+    config = json.loads((source / "config.json").read_text())
+    with torch.device("meta"):
+        shapes = loading.unset_click_model(config, {}).state_dict()
+    generator = torch.Generator().manual_seed(3)
+    return {name: _drawn(name, tensor.shape, generator).half() for name, tensor in shapes.items()}
+
+
+def _drawn(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    drawn = torch.randn(shape, generator=generator)
+    if name.endswith("bias"):
+        return 0.1 * drawn
+    if len(shape) == 1:  # of a normalisation
+        return 1 + 0.1 * drawn
+    is_table = name.endswith(("embed.weight", "embedding", "token.weight", "tokens.weight"))
+    return drawn if is_table else drawn / math.sqrt(math.prod(shape[1:]))
+
+
 def video_tensors(source: Path) -> dict[str, Tensor]:
+    """With what the video layout holds beside the detector's weights: the tracker."""
     detector = {f"detector_model.{name}": tensor for name, tensor in tensors_of(source).items()}
-    return detector | {
-        "tracker_model.mask_decoder.weight": torch.ones(2),
-        "tracker_neck.proj1.bias": torch.ones(3),
+    clicks = click_tensors(source)
+    named = {
+        f"tracker_{name}" if name.startswith("neck.") else f"tracker_model.{name}": tensor
+        for name, tensor in clicks.items()
+    }
+    positions = clicks["prompt_encoder.shared_embedding.positional_embedding"]
+    return {
+        **detector,
+        **named,
+        "tracker_model.shared_image_embedding.positional_embedding": positions.clone(),
+        "tracker_model.memory_encoder.projection.bias": torch.ones(3),
+        "tracker_model.no_object_pointer": torch.ones(1, 4),
     }
 
 
 def meta_tensors(source: Path) -> dict[str, Tensor]:
     """With what `sam3.pt` holds beside the detector's weights: the tracker, and rotary tables."""
     table = torch.view_as_complex(torch.ones(4, 2, 2))
-    return to_meta(tensors_of(source)) | {
+    return {
+        **to_meta(tensors_of(source)),
+        **clicks_to_meta(click_tensors(source)),
         "detector.backbone.vision_backbone.trunk.blocks.0.attn.freqs_cis": table,
         "tracker.maskmem_tpos_enc": torch.ones(7),
+        "tracker.transformer.encoder.norm.bias": torch.ones(3),
     }
 
 
@@ -86,6 +126,14 @@ def meta_file_under_model(source: Path, folder: Path) -> Path:
     return file
 
 
+def meta_file_of_detector(source: Path, folder: Path) -> Path:
+    """As Meta's image model is saved: with the tracker's pyramid, and without the tracker."""
+    file = neighbours(source, folder) / "sam3.pt"
+    kept = {name: tensor for name, tensor in meta_tensors(source).items() if name.startswith("detector.")}
+    torch.save(kept, file)
+    return file
+
+
 def meta_directory(source: Path, folder: Path) -> Path:
     return meta_file(source, folder).parent
 
@@ -114,7 +162,19 @@ FORMS: dict[str, Writer] = {
     "one safetensors file, Meta's names": meta_safetensors,
     "sam3.pt": meta_file,
     "sam3.pt, under model": meta_file_under_model,
+    "sam3.pt, the detector alone": meta_file_of_detector,
     "directory with sam3.pt": meta_directory,
     "PyTorch's zip under the name of safetensors": pt_named_safetensors,
     "safetensors under the name of a .pt": safetensors_named_pt,
 }
+
+# Those with an interactive head.
+CLICKED_FORMS = (
+    "Hugging Face directory, video layout",
+    "one safetensors file, video layout",
+    "one safetensors file, Meta's names",
+    "sam3.pt",
+    "sam3.pt, under model",
+    "directory with sam3.pt",
+    "PyTorch's zip under the name of safetensors",
+)

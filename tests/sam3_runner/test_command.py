@@ -41,15 +41,40 @@ def run(*arguments: str, env: Mapping[str, str]) -> subprocess.CompletedProcess[
 @pytest.mark.parametrize(
     ("form", "said"),
     [
-        ("Hugging Face directory, image layout", ("safetensors, image layout", "model.safetensors", "none")),
+        (
+            "Hugging Face directory, image layout",
+            ("safetensors, image layout", "model.safetensors", "none", "not answered"),
+        ),
         (
             "one safetensors file, video layout",
-            ("safetensors, video layout", "model.safetensors", "5 parameters"),
+            (
+                "safetensors, video layout",
+                "model.safetensors",
+                "984,904 parameters",
+                "answered, by 984,833 parameters",
+            ),
         ),
-        ("sam3.pt, under model", ("PyTorch zip, Meta's layout", "sam3.pt", "7 parameters")),
+        (
+            "sam3.pt, under model",
+            (
+                "PyTorch zip, Meta's layout",
+                "sam3.pt",
+                "740,459 parameters",
+                "answered, by 984,833 parameters",
+            ),
+        ),
+        (
+            "sam3.pt, the detector alone",
+            ("PyTorch zip, Meta's layout", "sam3.pt", "none", "not answered"),
+        ),
         (
             "Hugging Face directory, in shards",
-            ("safetensors, image layout", "model-00001-of-00002.safetensors, model-00002-of", "none"),
+            (
+                "safetensors, image layout",
+                "model-00001-of-00002.safetensors, model-00002-of",
+                "none",
+                "not answered",
+            ),
         ),
     ],
 )
@@ -65,7 +90,7 @@ def test_info_says_what_a_checkpoint_is(
     heading, *lines = capsys.readouterr().out.splitlines()
     shown = {line[:12].strip(): line[12:].strip() for line in lines}
     assert heading == str(path)
-    for label, text in zip(("form", "files", "tracker"), said, strict=True):
+    for label, text in zip(("form", "files", "tracker", "clicks"), said, strict=True):
         assert shown[label].startswith(text)
     assert shown["detector"] == "2,412,554 parameters in 472 tensors, float16"
     assert shown["input"] == "240 × 240 px, texts of up to 32 tokens"
@@ -82,8 +107,9 @@ def test_info_says_what_does_not_fit_and_what_is_missing(
     out, err = capsys.readouterr()
     assert "tokenizer  missing" in out
     assert "fits       no" in out
-    misfit, tokenizer = err.splitlines()
+    misfit, head, tokenizer = err.splitlines()
     assert "does not fit the model" in misfit
+    assert "does not fit the interactive head" in head
     assert "tokenizer.json is missing" in tokenizer
 
 

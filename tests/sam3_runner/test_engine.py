@@ -191,18 +191,20 @@ def test_compiled_layers_change_no_answer_and_compile_once_for_all_batch_sizes(
 @torch.inference_mode()
 @pytest.mark.parametrize("marked", [True], indirect=True, ids=["boxes"])
 @pytest.mark.parametrize("case", [3], indirect=True, ids=["an image for each"])
-def test_prompts_with_boxes_leave_the_code_for_others_as_it_is(
+def test_code_is_compiled_for_prompts_without_boxes_and_for_those_with_boxes_apart(
     model: Sam3Model, engine: Engine, case: Case, marked: Marked
 ) -> None:
     compiled = Engine(model, CPU, torch.float32)
     compiled.compile_layers()
     torch._dynamo.reset()
-    for one in (None, marked):
+    for one in (marked, None):
         for ours, expected in zip(
             answers_and_masks(compiled, case, one), answers_and_masks(engine, case, one), strict=True
         ):
             close(ours, expected)
-    torch._dynamo.utils.counters.clear()
+    fewer = Marked(*(tensor[:, :4] for tensor in marked.tensors))
     with torch.compiler.set_stance("fail_on_recompile"):
         answers_and_masks(compiled, case, None)
         answers_and_masks(compiled, case, marked)
+        with pytest.raises(RuntimeError, match="recompil"):  # no code is there for any number of tokens
+            answers_and_masks(compiled, case, fewer)

@@ -12,11 +12,20 @@ import pytest
 from PIL import Image, ImageFile
 
 from sam3_runner import images
-from sam3_runner.errors import ImageError, ImageTooLarge, UndecodableImage, UnsupportedImage
+from sam3_runner.errors import (
+    ImageError,
+    ImageTooLarge,
+    InvalidRegion,
+    UndecodableImage,
+    UnsupportedImage,
+)
 from sam3_runner.images import (
     MAX_JPEG_SCANS,
     READABLE_FORMATS,
     ImageLimits,
+    Region,
+    content_hash,
+    decode_whole,
     open_for_model,
     open_image,
     probe_image,
@@ -587,6 +596,138 @@ class TestOpenForModel:
             open_for_model(data, self.side, ImageLimits(max_pixels=HEIGHT * WIDTH - 1))
         with pytest.raises(UndecodableImage, match="ends before the picture does"):
             open_for_model(made_images.jpeg_closed_early(), 8)
+
+
+class TestWhole:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_it_is_what_opening_gives(self, kind: str) -> None:
+        data = KINDS[kind].make()
+        assert np.array_equal(decode_whole(data), open_image(data))
+
+    @pytest.mark.parametrize("orientation", UPRIGHT)
+    @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "TIFF"])
+    def test_so_it_is_in_all_eight_orientations(self, file_format: str, orientation: int) -> None:
+        data = made_images.with_orientation(file_format, orientation)
+        assert np.array_equal(decode_whole(data), open_image(data))
+
+    def test_a_damaged_jpeg_is_refused_likewise(self) -> None:
+        whole = KINDS["jpeg"].make()
+        random = np.random.default_rng(0)
+        for data in (damaged(whole, random) for _ in range(100)):
+            assert outcome(lambda d: decode_whole(d).shape, data) == outcome(
+                lambda d: open_image(d).shape, data
+            )
+
+
+class TestRegion:
+    @pytest.mark.parametrize(
+        ("region", "crop"),
+        [
+            pytest.param(Region((10, 20, 30, 40)), (10, 20, 30, 40), id="whole pixels"),
+            pytest.param(Region((10.9, 20.1, 29.1, 39.9)), (10, 20, 30, 40), id="outwards"),
+            pytest.param(Region((10.5, 20.5, 10.6, 20.6)), (10, 20, 11, 21), id="within one pixel"),
+            pytest.param(Region((-5, -5, 500, 500)), (0, 0, 100, 50), id="clipped"),
+            pytest.param(Region((0.1, 0.2, 0.3, 0.9), is_relative=True), (10, 10, 30, 45), id="relative"),
+            pytest.param(Region((0, 0, 0.07, 0.14), is_relative=True), (0, 0, 7, 7), id="by rounding only"),
+            pytest.param(Region((-1, 0.5, 2, 3), is_relative=True), (0, 25, 100, 50), id="relative, clipped"),
+        ],
+    )
+    def test_its_pixels_are_those_that_it_touches(self, region: Region, crop: tuple[int, ...]) -> None:
+        assert region.to_px((50, 100)) == crop
+
+    @pytest.mark.parametrize(
+        "region",
+        [
+            pytest.param(Region((10, 10, 10, 20)), id="no width"),
+            pytest.param(Region((10, 20, 30, 20)), id="no height"),
+            pytest.param(Region((30, 10, 10, 20)), id="right of left"),
+            pytest.param(Region((100, 0, 110, 50)), id="beside"),
+            pytest.param(Region((0, -10, 100, 0)), id="above"),
+            pytest.param(Region((1, 1, 2, 2), is_relative=True), id="relative, beyond"),
+            pytest.param(Region((0, 0, float("nan"), 10)), id="not a number"),
+            pytest.param(Region((0, 0, float("inf"), 10)), id="without end"),
+        ],
+    )
+    def test_one_that_shows_nothing_is_refused(self, region: Region) -> None:
+        with pytest.raises(InvalidRegion, match="region"):
+            region.to_px((50, 100))
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_it_is_cut_out_before_the_image_is_resized(self, kind: str) -> None:
+        data, region = KINDS[kind].make(), Region((0.3, 0.3, 0.77, 0.9), is_relative=True)
+        whole = open_image(data)
+        left, top, right, bottom = region.to_px((whole.shape[0], whole.shape[1]))
+        image = open_for_model(data, 40, region=region)
+        assert image.size_hw == whole.shape[:2]
+        assert image.crop_xyxy_px == (left, top, right, bottom)
+        assert np.array_equal(image.pixels, resize_for_model(whole[top:bottom, left:right], 40))
+
+    @pytest.mark.parametrize("orientation", UPRIGHT)
+    @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF", "HEIF", "AVIF"])
+    def test_it_is_one_of_the_upright_image(self, file_format: str, orientation: int) -> None:
+        data = made_images.with_orientation(file_format, orientation)
+        image = open_for_model(data, 40, region=Region((21, 13, 61, 53)))
+        assert np.array_equal(image.pixels, open_image(data)[13:53, 21:61])
+
+    @pytest.mark.parametrize("orientation", [1, 6])
+    @pytest.mark.parametrize(
+        ("xyxy", "decoded_hw"),
+        [
+            pytest.param((0, 0, 800, 600), (150, 200), id="all of it"),
+            pytest.param((4, 8, 404, 408), (100, 100), id="a quarter"),
+            pytest.param((400, 200, 800, 600), (100, 100), id="to the corner"),
+            pytest.param((4, 8, 400, 408), (200, 198), id="half, for less would not cover"),
+            pytest.param((2, 8, 402, 408), (200, 200), id="half, for the edge"),
+            pytest.param((3, 8, 403, 408), (400, 400), id="whole, for the edge"),
+            pytest.param((0, 0, 100, 100), (100, 100), id="whole, for the side"),
+        ],
+    )
+    def test_it_decides_how_large_a_jpeg_is_decoded(
+        self,
+        xyxy: tuple[int, int, int, int],
+        decoded_hw: tuple[int, int],
+        orientation: int,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        coarse = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+        picture = Image.fromarray(coarse).resize((800, 600), Image.Resampling.BICUBIC)
+        if orientation == 6:
+            picture = picture.transpose(Image.Transpose.ROTATE_90)
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = made_images.save(picture, "JPEG", quality=95, exif=exif.tobytes())
+        resized: list[tuple[int, ...]] = []
+
+        def resize(pixels: np.ndarray, side: int) -> np.ndarray:
+            resized.append(pixels.shape)
+            return resize_for_model(pixels, side)
+
+        monkeypatch.setattr(images, "resize_for_model", resize)
+        image = open_for_model(data, 100, region=Region(xyxy))
+        assert resized == [(*(decoded_hw[::-1] if orientation == 6 else decoded_hw), 3)]
+        left, top, right, bottom = xyxy
+        expected = resize_for_model(open_image(data)[top:bottom, left:right], 100)
+        difference = np.abs(image.pixels.astype(int) - expected)
+        assert difference.mean() < 2  # half a pixel off, it is 10
+
+    def test_a_profile_applies_to_it(self) -> None:
+        icc = color_profiles.rgb_profile("swapped")
+        data = made_images.save(made_images.picture(), "JPEG", quality=95, icc_profile=icc)
+        image = open_for_model(data, 40, region=Region((50, 10, 90, 50)))
+        assert np.array_equal(image.pixels, open_image(data)[10:50, 50:90])
+
+    def test_the_hash_names_it(self) -> None:
+        data = KINDS["png"].make()
+        regions = [
+            None,
+            Region((0, 0, 1, 1)),
+            Region((0, 0, 1, 1), is_relative=True),
+            Region((0, 0, 1, 0.5), is_relative=True),
+        ]
+        hashes = [open_for_model(data, 8, region=region).content_hash for region in regions]
+        assert len({*hashes}) == len(regions)
+        assert hashes[0] == content_hash(data)
+        assert hashes[1] == content_hash(data, regions[1])
 
 
 def damaged(whole: bytes, random: np.random.Generator) -> bytes:

@@ -1,4 +1,4 @@
-"""The PNG of a mask is exact for every reader, and the overlay shows each instance."""
+"""The PNG of a mask is exact for every reader."""
 
 from __future__ import annotations
 
@@ -76,57 +76,3 @@ class TestPng:
     def test_twelve_megapixels_fit_into_a_few_kilobytes(self) -> None:
         full = RunLengthMask((3000, 4000), np.array([0, 12_000_000], np.uint32))
         assert len(masks.encode_png(full)) < 20_000
-
-
-class TestOverlay:
-    size_hw = (120, 160)
-
-    def test_each_instance_is_tinted_in_its_own_color_and_the_rest_is_left(self) -> None:
-        image = np.full((*self.size_hw, 3), 100, np.uint8)
-        left, right = disc(self.size_hw, 60, 40, 25), disc(self.size_hw, 60, 120, 25)
-        overlay = masks.draw_overlay(image, [rle.encode_mask(left), rle.encode_mask(right)])
-        assert np.array_equal(overlay[~(left | right)], image[~(left | right)])
-        assert (overlay[left] != 100).any(axis=1).all()
-        assert not np.array_equal(overlay[60, 40], overlay[60, 120])
-        assert (image == 100).all()
-
-    def test_an_outline_runs_around_each_instance(self) -> None:
-        image = np.zeros((*self.size_hw, 3), np.uint8)
-        shape = disc(self.size_hw, 60, 80, 30)
-        overlay = masks.draw_overlay(image, [rle.encode_mask(shape)])
-        inside, rim = overlay[60, 80], overlay[60, 51]
-        assert rim.max() > inside.max()
-
-    def test_the_best_instance_lies_on_top(self) -> None:
-        image = np.zeros((*self.size_hw, 3), np.uint8)
-        shape = rle.encode_mask(disc(self.size_hw, 60, 80, 30))
-        alone = masks.draw_overlay(image, [shape])
-        both = masks.draw_overlay(image, [shape, shape])
-        assert np.array_equal(alone[60, 51], both[60, 51])
-
-    def test_labels_are_written_and_stay_inside_the_image(self) -> None:
-        image = np.zeros((*self.size_hw, 3), np.uint8)
-        shapes = [rle.encode_mask(disc(self.size_hw, y, x, 8)) for y, x in ((2, 2), (118, 158))]
-        plain = masks.draw_overlay(image, shapes)
-        labelled = masks.draw_overlay(image, shapes, ["red circle 0.98", "빨간 원 0.97"])
-        assert labelled.shape == image.shape
-        assert (labelled != plain).any()
-
-    def test_empty_masks_and_no_masks_leave_the_image_as_it_is(self) -> None:
-        image = np.full((*self.size_hw, 3), 7, np.uint8)
-        empty = rle.encode_mask(np.zeros(self.size_hw, bool))
-        assert np.array_equal(masks.draw_overlay(image, []), image)
-        assert np.array_equal(masks.draw_overlay(image, [empty], ["nothing"]), image)
-
-    @pytest.mark.parametrize("size_hw", [(1, 1), (1, 300), (300, 1)])
-    def test_the_smallest_images_can_be_drawn_on(self, size_hw: tuple[int, int]) -> None:
-        full = rle.encode_mask(np.ones(size_hw, bool))
-        assert masks.draw_overlay(np.zeros((*size_hw, 3), np.uint8), [full], ["x"]).shape == (*size_hw, 3)
-
-    def test_a_mask_of_another_size_and_a_missing_label_are_refused(self) -> None:
-        image = np.zeros((*self.size_hw, 3), np.uint8)
-        with pytest.raises(ValueError, match="image's size"):
-            masks.draw_overlay(image, [rle.encode_mask(np.ones((2, 2), bool))])
-        mask = rle.encode_mask(np.ones(self.size_hw, bool))
-        with pytest.raises(ValueError, match="one label for each"):
-            masks.draw_overlay(image, [mask, mask], ["only one"])

@@ -272,3 +272,20 @@ class TestWrongInput:
         except InvalidInput:
             return
         assert rle.decode_mask(encoded).shape == (height, width)
+
+
+@STEADY
+@given(MASKS, st.tuples(*[st.integers(0, 5)] * 4))
+def test_a_mask_is_pasted_where_it_belongs(mask: Mask, around: tuple[int, int, int, int]) -> None:
+    above, below, left, right = around
+    expected = np.pad(mask, ((above, below), (left, right)))
+    found = rle.pasted(rle.encode_mask(mask), (above, left), (expected.shape[0], expected.shape[1]))
+    np.testing.assert_array_equal(found.counts, rle.encode_mask(expected).counts)
+    assert found.size_hw == expected.shape
+
+
+def test_a_mask_that_does_not_fit_is_not_pasted() -> None:
+    mask = rle.encode_mask(np.ones((4, 6), np.bool_))
+    for place in ((0, 1), (2, 0), (-1, 0)):
+        with pytest.raises(ValueError, match="does not fit"):
+            rle.pasted(mask, place, (5, 6))

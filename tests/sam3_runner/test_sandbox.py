@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import psutil
@@ -20,11 +21,14 @@ import pytest_asyncio
 from PIL import Image
 
 from sam3_runner import decoder
-from sam3_runner.errors import ImageError, UndecodableImage
-from sam3_runner.images import ImageLimits, ModelImage, open_for_model, probe_image
-from sam3_runner.sandbox import ImageSandbox, _Child
+from sam3_runner.errors import ImageError, InvalidRegion, OutputTooLarge, UndecodableImage
+from sam3_runner.images import ImageLimits, ModelImage, Region, open_for_model, open_image, probe_image
+from sam3_runner.outputs import KINDS as KINDS_OF_OUTPUTS
+from sam3_runner.outputs import Order, make_outputs
+from sam3_runner.sandbox import ImageSandbox, _Child, _ChildEnded, _sizes
 from tests.sam3_runner import color_profiles, made_images
 from tests.sam3_runner.broken_codecs import ordered
+from tests.sam3_runner.found_instances import disc, segmentation
 from tests.sam3_runner.made_images import KINDS, STRANGERS
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -85,6 +89,12 @@ def idle(sandbox: ImageSandbox) -> int:
     return sum(child is not None and not child.ended.done() for child in waiting)
 
 
+def shared_bytes(sandbox: ImageSandbox) -> int:
+    """What the memory that is shared with idle children takes."""
+    waiting: list[_Child | None] = vars(sandbox._idle)["_queue"]
+    return sum(os.fstat(child._memory_fd).st_blocks * 512 for child in waiting if child is not None)
+
+
 async def gone(processes: list[psutil.Process]) -> None:
     """A process that was killed may be there for a moment more, on a machine that is busy."""
     _, alive = await asyncio.to_thread(psutil.wait_procs, processes, 60)
@@ -102,10 +112,13 @@ async def result_of(read: Awaitable[object]) -> object:
     """What is read, in a form that can be compared; or kind and message of the error."""
     try:
         found = await read
-    except ImageError as error:
+    except (ImageError, InvalidRegion) as error:
         return type(error), str(error)
+    if isinstance(found, np.ndarray):
+        return found.tobytes(), found.shape, found.dtype
     if isinstance(found, ModelImage):
-        return found.pixels.tobytes(), found.pixels.shape, found.size_hw, found.content_hash
+        seen = found.pixels.tobytes(), found.pixels.shape
+        return *seen, found.size_hw, found.content_hash, found.crop_xyxy_px
     return found
 
 
@@ -136,6 +149,27 @@ class TestSameAsInThisProcess:
         assert await result_of(sandbox.probe(data)) == await result_of(
             asyncio.to_thread(probe_image, data, LIMITS)
         )
+        assert await result_of(sandbox.open_whole(data)) == await result_of(
+            asyncio.to_thread(open_image, data, LIMITS)
+        )
+
+    @pytest.mark.parametrize(
+        "region",
+        [
+            pytest.param(Region((3, 5, 60, 61)), id="px"),
+            pytest.param(Region((0.25, 0.1, 0.5, 0.9), is_relative=True), id="relative"),
+            pytest.param(Region((-1e300, 60.5, 1e300, 1e300)), id="beyond"),
+            pytest.param(Region((96, 0, 97, 64)), id="outside"),
+            pytest.param(Region((7, 7, 7, 9)), id="no area"),
+            pytest.param(Region((0, 0, float("nan"), 1)), id="not a number"),
+        ],
+    )
+    @pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "one_pixel"])
+    async def test_so_are_they_of_a_region(self, sandbox: ImageSandbox, kind: str, region: Region) -> None:
+        data = KINDS[kind].make()
+        assert await result_of(sandbox.open_for_model(data, SIDE, region)) == await result_of(
+            asyncio.to_thread(open_for_model, data, SIDE, LIMITS, region)
+        )
 
     @pytest.mark.parametrize("side", [1, 8, 1008, decoder.MAX_INPUT_SIZE_PX])
     async def test_so_are_they_at_other_sizes(self, sandbox: ImageSandbox, side: int) -> None:
@@ -150,14 +184,29 @@ class TestSameAsInThisProcess:
             await sandbox.open_for_model(PNG, side)
 
     async def test_the_pixels_are_memory_of_their_own(self, sandbox: ImageSandbox) -> None:
-        first = await sandbox.open_for_model(PNG, SIDE)
-        before = first.pixels.copy()
+        first, whole = await sandbox.open_for_model(PNG, SIDE), await sandbox.open_whole(PNG)
+        before = first.pixels.copy(), whole.copy()
         for kind in ("jpeg_grey", "gif", "one_pixel"):
             await sandbox.open_for_model(KINDS[kind].make(), SIDE)
-        assert np.array_equal(first.pixels, before)
+            await sandbox.open_whole(KINDS[kind].make())
+        assert np.array_equal(first.pixels, before[0])
+        assert np.array_equal(whole, before[1])
+
+    async def test_large_pixels_are_not_kept_where_they_were_shared(
+        self, sandbox: ImageSandbox, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        data = made_images.save(Image.new("RGB", (1000, 1000), "teal"), "PNG")
+        taken = []
+        for kept_bytes in (decoder.KEPT_BYTES, 1000):
+            monkeypatch.setattr(decoder, "KEPT_BYTES", kept_bytes)  # in this process, which reads them
+            opened = await asyncio.gather(*(sandbox.open_whole(data) for _ in range(8)))
+            assert all((pixels == (0, 128, 128)).all() for pixels in opened)
+            await until(lambda: idle(sandbox) == 2)
+            taken.append(shared_bytes(sandbox))
+        assert taken[0] - taken[1] > 2_900_000
 
     async def test_every_image_error_has_an_outcome(self) -> None:
-        assert set(decoder.IMAGE_ERRORS.values()) == set(ImageError.__subclasses__())
+        assert set(decoder.ERRORS.values()) == {*ImageError.__subclasses__(), InvalidRegion}
         assert not any(cls.__subclasses__() for cls in ImageError.__subclasses__())
 
     async def test_a_bug_is_no_error_of_the_callers(self, sandbox: ImageSandbox) -> None:
@@ -166,7 +215,65 @@ class TestSameAsInThisProcess:
         await works(sandbox)
 
 
+class TestOutputs:
+    found: ClassVar = [
+        ("a", segmentation([disc((64, 96), 30, 30, 20), disc((64, 96), 30, 60, 20)])),
+        ("나무", segmentation([])),
+    ]
+
+    @pytest.mark.parametrize("kind", ["png", "jpeg"])
+    async def test_they_are_those_of_this_process(self, sandbox: ImageSandbox, kind: str) -> None:
+        data = KINDS[kind].make()
+        order = Order(tuple(KINDS_OF_OUTPUTS), polygon_tolerance_px=2.5, file_name="사진.jpg")
+        made = await sandbox.make_outputs(order, self.found, (64, 96), data)
+        assert made == make_outputs(order, self.found, (64, 96), open_image(data))
+
+    async def test_the_file_is_not_read_where_it_is_not_needed(self, sandbox: ImageSandbox) -> None:
+        order = Order(("boxes", "coco"))
+        made = await sandbox.make_outputs(order, self.found, (64, 96), ordered(PNG, "segfault"))
+        assert made == make_outputs(order, self.found, (64, 96))
+
+    @pytest.mark.parametrize(
+        ("order", "message"),
+        [
+            ("segfault", "outputs crashes"),
+            ("hang_in_c", "outputs takes longer"),
+            ("eat", "outputs takes more"),
+        ],
+    )
+    async def test_what_goes_wrong_costs_its_request(
+        self, sandbox: ImageSandbox, order: str, message: str
+    ) -> None:
+        with pytest.raises(OutputTooLarge, match=message):
+            await sandbox.make_outputs(Order(("cutout",)), self.found, (64, 96), ordered(PNG, order))
+        await works(sandbox)
+
+    async def test_a_file_that_is_no_image_is_told(self, sandbox: ImageSandbox) -> None:
+        with pytest.raises(ImageError):
+            await sandbox.make_outputs(Order(("cutout",)), self.found, (64, 96), b"no image")
+
+    async def test_more_masks_than_there_is_room_for_are_refused(
+        self, sandbox: ImageSandbox, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(decoder, "MAX_INSTANCES_BYTES", 100)
+        with pytest.raises(OutputTooLarge, match="at most 100"):
+            await sandbox.make_outputs(Order(("boxes",)), self.found, (64, 96), b"")
+
+    @pytest.mark.parametrize("text", ["", "{}", "[1]", "[1, -2]", "[1, 2.0]", "[1, 1000]", "[1, true]"])
+    async def test_sizes_that_cannot_be_true_are_not_believed(self, text: str) -> None:
+        with pytest.raises(_ChildEnded):
+            _sizes(text, 1000, 2)
+
+
 class TestCodecsGoneWrong:
+    @pytest.mark.parametrize(("order", "message"), [("segfault", CRASH), ("eat", HUNGRY)])
+    async def test_so_it_is_with_whole_images(self, sandbox: ImageSandbox, order: str, message: str) -> None:
+        bad = sandbox.open_whole(ordered(PNG, order))
+        good = [sandbox.open_whole(data) for data in (PNG, KINDS["jpeg"].make()) for _ in range(10)]
+        failed, *opened = await asyncio.gather(bad, *good, return_exceptions=True)
+        assert isinstance(failed, UndecodableImage) and message in str(failed)
+        assert all(isinstance(pixels, np.ndarray) and pixels.shape == (64, 96, 3) for pixels in opened)
+
     @pytest.mark.parametrize(
         ("order", "message"),
         [
@@ -204,7 +311,7 @@ class TestCodecsGoneWrong:
         if not is_idle:
             naps = [sandbox.open_for_model(ordered(KINDS["one_pixel"].make(), "nap"), SIDE) for _ in range(2)]
             assert [image.size_hw for image in await asyncio.gather(*naps)] == [(1, 1), (1, 1)]
-        await until(lambda: len(decoders(sandbox)) == 2 and set(decoders(sandbox)) != before, 5)
+        await until(lambda: len(decoders(sandbox)) == 2 and set(decoders(sandbox)) != before)
 
     async def test_memory_that_a_child_shares_cannot_be_made_shorter(self, sandbox: ImageSandbox) -> None:
         with pytest.raises(RuntimeError, match="PermissionError"):

@@ -116,7 +116,7 @@ def test_a_higher_mask_threshold_makes_masks_smaller(demo: Segmenter, scenes: li
     "prompt", [Prompt(points=(Point((3, 3)),)), Prompt("circle", points=(Point((1, 9)),))]
 )
 def test_what_the_checkpoint_cannot_read_is_refused(demo: Segmenter, prompt: Prompt) -> None:
-    with pytest.raises(UnsupportedPrompt, match="words or boxes"):
+    with pytest.raises(UnsupportedPrompt, match="no interactive head"):
         demo.segment(np.zeros((10, 10, 3), np.uint8), [prompt])
 
 
@@ -130,7 +130,8 @@ def exemplars(generator: np.random.Generator, size_hw: tuple[int, int], count: i
 
 
 def differ(one: Segmentation, other: Segmentation) -> bool:
-    return bool(np.abs(one.scores - other.scores).max() > 1e-3)
+    """Whether answers with all queries in them are further apart than rounding takes them, which is below 1e-6."""
+    return bool(np.abs(one.scores - other.scores).max() > 1e-5)
 
 
 def test_prompts_of_all_kinds_are_answered_in_their_order_whoever_stands_beside_them(
@@ -140,23 +141,24 @@ def test_prompts_of_all_kinds_are_answered_in_their_order_whoever_stands_beside_
     generator = np.random.default_rng(8)
     every = Selection(score_threshold=0.0)
     items, photos = [], []
-    for number, scene in enumerate(scenes[:4]):
+    for number, scene in enumerate(scenes[:3]):
         size_hw = scene.image.shape[:2]
         mixed = tuple(
             Prompt(text, exemplars(generator, size_hw, count), selection=every)
-            for text, count in [("circle", 0), ("circle", 1), (None, 32), ("star", 0), (None, 2 + number)]
+            for text, count in [("shape", 0), ("shape", 1), (None, 32), ("star", 0), (None, 2 + number)]
         )
         photos.append((scene.image, mixed[number % 2 :]))
         items.append(dataclasses.replace(item_of(scene, ()), prompts=mixed[number % 2 :]))
-    for (photo, prompts), result in zip(photos, segmenter.segment_batch(items), strict=True):
+    results = segmenter.segment_batch(items)
+    for (photo, prompts), result in zip(photos, results, strict=True):
         assert result.error is None
         for prompt, answer in zip(prompts, result.segmentations, strict=True):
-            assert_same_answer(answer, segmenter.segment(photo, [prompt])[0])
-    (words, with_box, *_) = segmenter.segment_batch(items)[0].segmentations
-    assert differ(words, with_box)
+            assert not differ(answer, segmenter.segment(photo, [prompt])[0])
+    for one, other in combinations(results[0].segmentations, 2):
+        assert differ(one, other)
 
 
-def test_what_a_box_says_is_in_its_place_its_content_and_its_label(
+def test_place_label_and_number_of_boxes_matter_and_their_order_does_not(
     random_checkpoint: Path, scenes: list[Scene]
 ) -> None:
     segmenter = Segmenter.from_checkpoint(random_checkpoint)
@@ -165,14 +167,14 @@ def test_what_a_box_says_is_in_its_place_its_content_and_its_label(
     here, there = (2.0, 3.0, width / 3, height / 4), (width / 2, height / 2, width - 5, height - 1)
 
     def answer(*boxes: Box) -> Segmentation:
-        return segmenter.segment(photo, [Prompt("circle", boxes, selection=every)])[0]
+        return segmenter.segment(photo, [Prompt("shape", boxes, selection=every)])[0]
 
     one = answer(Box(here))
     for other in (answer(Box(there)), answer(Box(here, is_positive=False)), answer(Box(here), Box(there))):
         assert differ(one, other)
-    assert_same_answer(answer(Box(here), Box(there)), answer(Box(there), Box(here)))
+    assert not differ(answer(Box(here), Box(there)), answer(Box(there), Box(here)))
     whole, beyond = (0.0, 0.0, width, height), (-50.0, -1e9, width + 1.0, float("inf"))
-    assert_same_answer(answer(Box(whole)), answer(Box(beyond)))  # it is cut at the image's edge
+    assert not differ(answer(Box(whole)), answer(Box(beyond)))  # it is cut at the image's edge
 
 
 NAN = float("nan")
@@ -190,18 +192,17 @@ NAN = float("nan")
         pytest.param(Prompt(boxes=(Box((1, -9, 5, 0)),)), "outside", id="above it"),
         pytest.param(Prompt(boxes=(Box((0, 0, 1, 1), is_relative=True),)), "in pixels", id="relative"),
         pytest.param(Prompt(boxes=(Box((0, 0, 1, 1)),) * 33), "at most 32 boxes", id="too many"),
-        pytest.param(Prompt(), "neither", id="nothing"),
+        pytest.param(Prompt(), "none of them", id="nothing"),
     ],
 )
 def test_boxes_that_show_nothing_are_refused_and_their_neighbours_are_answered(
-    random_checkpoint: Path, scenes: list[Scene], prompt: Prompt, message: str
+    demo: Segmenter, scenes: list[Scene], prompt: Prompt, message: str
 ) -> None:
-    segmenter = Segmenter.from_checkpoint(random_checkpoint)
     with pytest.raises(InvalidPrompt, match=message):
-        segmenter.segment(np.zeros((10, 20, 3), np.uint8), [prompt])
+        demo.segment(np.zeros((10, 20, 3), np.uint8), [prompt])
     good = item_of(scenes[0], ("circle",))
     bad = dataclasses.replace(good, size_hw=(10, 20), prompts=(*good.prompts, prompt))
-    refused, answered = segmenter.segment_batch([bad, good])
+    refused, answered = demo.segment_batch([bad, good])
     assert refused.error is not None
     assert refused.error.code == "InvalidPrompt"
     assert answered.error is None

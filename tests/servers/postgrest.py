@@ -218,6 +218,20 @@ def insert_task(
     return task_id
 
 
+@contextlib.contextmanager
+def refusing(dsn: str, task_id: str, condition: str) -> Iterator[None]:
+    """While the block runs, Postgres takes no update of this row after which the condition does not hold."""
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        table = "alter table public.segmentation_results"
+        connection.execute(
+            f"{table} add constraint refusing check (id <> '{task_id}' or {condition}) not valid"
+        )
+        try:
+            yield
+        finally:
+            connection.execute(f"{table} drop constraint refusing")
+
+
 def read_task(dsn: str, task_id: str) -> dict[str, Any]:
     """The row as it is in the database, read past the stand-in."""
     with psycopg.connect(dsn, autocommit=True, row_factory=dict_row) as connection:

@@ -6,23 +6,18 @@ npm installs it into the user's cache directory, once per version of the lock fi
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
 import secrets
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tests.servers import npm
+
 SOURCE_DIR = Path(__file__).resolve().parent / "supabase_lite_node"
-INSTALL_TIMEOUT_S = 150
-
-
-class NodeIsMissing(Exception):
-    """There is no Node (20 or later) with npm on this machine."""
+SOURCES = [SOURCE_DIR / name for name in ("package.json", "package-lock.json", "server.mjs")]
 
 
 @dataclass(frozen=True)
@@ -50,13 +45,13 @@ def running_supabase_lite(dsn: str) -> Iterator[SupabaseLite]:
         NodeIsMissing: no Node or npm, or too old.
         RuntimeError: npm or the server failed; with their output.
     """
-    node = _node()
-    installed = _installed()
+    node = npm.node()
+    installed = npm.installed("supabase-lite", SOURCES)
     keys = SupabaseLite(
         "", dsn, f"sb_secret_{secrets.token_hex(16)}", f"sb_publishable_{secrets.token_hex(16)}"
     )
     environment = {
-        **_environment(),
+        **npm.environment(),
         "DATABASE_URL": dsn,
         "JWT_SECRET": secrets.token_hex(32),
         "SECRET_KEY": keys.secret_key,
@@ -88,55 +83,3 @@ def running_supabase_lite(dsn: str) -> Iterator[SupabaseLite]:
             process.wait()
             process.stdin.close()
             process.stdout.close()
-
-
-def _node() -> str:
-    node, npm = shutil.which("node"), shutil.which("npm")
-    if node is None or npm is None:
-        raise NodeIsMissing(
-            "@supabase/lite needs Node 20 or later with npm, which this machine does not have"
-        )
-    version = subprocess.run(
-        [node, "--version"], capture_output=True, text=True, timeout=30, check=True
-    ).stdout.strip()
-    if int(version.lstrip("v").split(".")[0]) < 20:
-        raise NodeIsMissing(f"@supabase/lite needs Node 20 or later; this machine has {version}")
-    return node
-
-
-def _installed() -> Path:
-    """The directory with server and packages; installs them if this lock file never was."""
-    sources = [SOURCE_DIR / name for name in ("package.json", "package-lock.json", "server.mjs")]
-    version = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "s3-backend-tests"
-    target = cache / f"supabase-lite-{version}"
-    if target.is_dir():
-        return target
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix="installing-") as temporary:
-        building = Path(temporary) / "package"
-        building.mkdir()
-        for path in sources:
-            shutil.copy(path, building)
-        npm = shutil.which("npm")
-        assert npm is not None
-        command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
-        finished = subprocess.run(
-            command,
-            cwd=building,
-            env=_environment(),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=INSTALL_TIMEOUT_S,
-            check=False,
-        )
-        if finished.returncode != 0:
-            raise RuntimeError(f"npm could not install @supabase/lite: {finished.stderr[-2000:]}")
-        with contextlib.suppress(OSError):  # another test run was faster: its copy is the same
-            building.rename(target)
-    return target
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "DO_NOT_TRACK": "1", "LITE_TELEMETRY": "0", "NO_UPDATE_NOTIFIER": "1"}

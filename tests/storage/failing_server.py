@@ -56,7 +56,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.script.requests.append(Request(self.command, self.path, dict(self.headers), body))
         self.script.next_behaviour()(self)
 
-    do_GET = do_PUT = do_HEAD = do_PATCH = _serve
+    do_GET = do_PUT = do_HEAD = do_PATCH = do_POST = _serve
 
     def send(self, data: bytes) -> None:
         self.wfile.write(data)

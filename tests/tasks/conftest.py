@@ -19,10 +19,11 @@ from tasks.journal import Journal
 from tasks.local import LocalTasks
 from tasks.store import TaskStore
 from tasks.supabase import SupabaseTasks
+from tests.servers.npm import NodeIsMissing
 from tests.servers.postgres import Postgres, running_postgres
 from tests.servers.postgrest import PostgrestStandIn, insert_task, running_postgrest
 from tests.servers.s3 import S3Server, s3_server
-from tests.servers.supabase_lite import NodeIsMissing, SupabaseLite, running_supabase_lite
+from tests.servers.supabase_lite import SupabaseLite, running_supabase_lite
 from tests.tasks.colour_runner import ColourRunner
 from tests.tasks.world import FAST, PUBLIC_URL, World, picture
 

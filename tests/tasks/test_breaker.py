@@ -19,7 +19,7 @@ from storage.local import LocalStore
 from storage.r2 import R2Store
 from tasks import breaker as breakers
 from tasks.breaker import FAILURES_TO_OPEN, CircuitBreaker, GuardedStore, GuardedTasks
-from tasks.errors import TaskConflict, TaskNotFound, TaskStoreTimeout, TaskStoreUnavailable
+from tasks.errors import TaskConflict, TaskNotFound, TaskRowRefused, TaskStoreTimeout, TaskStoreUnavailable
 from tasks.store import TaskInputs
 from tasks.supabase import RetryPolicy, SupabaseTasks
 from tests.conftest import free_port
@@ -343,6 +343,21 @@ async def test_conflicts_and_missing_rows_are_answers(stand_in: PostgrestStandIn
                     await tasks.get(mine.task_id)
             with pytest.raises(answer):
                 await tasks.start(task)
+        assert not tasks.breaker.is_open
+
+
+async def test_a_row_that_is_refused_is_an_answer(stand_in: PostgrestStandIn, dsn: str) -> None:
+    task = inputs(insert_task(dsn))
+    async with guarded_supabase(stand_in.url, stand_in.secret_key, pauses=NOT_AGAIN) as tasks:
+        for _ in range(FAILURES_TO_OPEN - 1):
+            stand_in.faults.fail(1, status=503)
+            with pytest.raises(TaskStoreUnavailable):
+                await tasks.get(task.task_id)
+        for _ in range(FAILURES_TO_OPEN):
+            stand_in.faults.fail(1, status=413)
+            with pytest.raises(TaskRowRefused):
+                await tasks.start(task)
+        await tasks.start(task)
         assert not tasks.breaker.is_open
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
+import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
@@ -22,25 +24,28 @@ from sam3_runner.errors import (
     UndecodableImage,
     UnsupportedImage,
 )
-from sam3_runner.images import ImageLimits
+from sam3_runner.images import ImageLimits, Region
 from sam3_runner.types import ItemError, SegmentResult
 from storage import ForeignUrl, ObjectNotFound, ObjectTooLarge, StorageError
 from tasks.errors import (
     BacklogFull,
     InvalidTaskId,
     JournalUnavailable,
+    NotOurTask,
     TaskConflict,
     TaskFailed,
     TaskGaveUp,
     TaskNotFound,
+    TaskRowRefused,
     WorkerStops,
 )
 from tasks.executor import COUNTED_FOR_S, MAX_ATTEMPTS, TaskExecutor
+from tasks.job import Job, job_record
 from tasks.journal import ACCEPTED, COMPUTED, DONE, ERROR, Journal
-from tasks.pipeline import STAGES, Job, runner_error
-from tasks.record import job_record
+from tasks.journal_file import database_of
+from tasks.pipeline import STAGES, runner_error
 from tasks.store import TaskRow
-from tests.servers.postgrest import PostgrestStandIn
+from tests.servers.postgrest import PostgrestStandIn, refusing
 from tests.servers.s3 import S3Server
 from tests.tasks.colour_runner import failed
 from tests.tasks.world import (
@@ -54,6 +59,7 @@ from tests.tasks.world import (
     code_of,
     iou,
     picture,
+    words,
 )
 
 
@@ -202,7 +208,15 @@ async def test_a_task_in_use_with_other_inputs_is_a_conflict_and_keeps_its_row(a
     job = any_world.job()
     await any_world.run(job)
     before = await any_world.row(job)
-    for changes in ({"prompts": ("blue",)}, {"score_threshold": 0.9}, {"image_url": "uploads/missing.png"}):
+    others: list[dict[str, Any]] = [
+        {"prompts": words("blue")},
+        {"prompts": words("red", score_threshold=0.9)},
+        {"prompts": words("red", max_instances=1)},
+        {"region": Region((0, 0, 20, 20))},
+        {"outputs": ("mask",)},
+        {"image_url": "uploads/missing.png"},
+    ]
+    for changes in others:
         with pytest.raises(TaskConflict):
             await any_world.run(replace(job, **changes))
     with pytest.raises(ForeignUrl):
@@ -224,7 +238,7 @@ async def test_a_task_id_that_is_no_part_of_a_key_touches_nothing(
     assert world.runner.calls == []
 
 
-@pytest.mark.parametrize("changes", [{"prompts": ()}, {"prompts": ("red", "blue"), "is_batch": False}])
+@pytest.mark.parametrize("changes", [{"prompts": ()}, {"prompts": words("red", "blue"), "is_batch": False}])
 def test_a_job_without_a_prompt_or_with_too_many_for_one_is_a_mistake_of_ours(
     changes: dict[str, Any],
 ) -> None:
@@ -232,8 +246,7 @@ def test_a_job_without_a_prompt_or_with_too_many_for_one_is_a_mistake_of_ours(
         "task_id": "t",
         "user_id": "u",
         "image_url": "i",
-        "prompts": ("red",),
-        "score_threshold": 0.5,
+        "prompts": words("red"),
         "request_id": "r",
     }
     with pytest.raises(ValueError, match="prompts"):
@@ -271,6 +284,38 @@ async def test_the_error_is_raised_though_its_row_cannot_be_written_yet_and_the_
     row = await until_status(world, job, "error")
     assert row.metadata["error"]["code"] == "ConnectionError"
     assert "fail" in world.counts.retries
+    await world.assert_it_still_works()
+
+
+# Rows that refuse for good
+
+
+async def test_a_row_that_refuses_the_result_says_so_and_the_task_is_not_tried_for_ever(
+    world: World, dsn: str
+) -> None:
+    job = world.job()
+    with refusing(dsn, job.task_id, "status <> 'done'"):
+        with pytest.raises(TaskRowRefused):
+            await world.run(job)
+        row = await world.row(job)
+        assert (row.status, row.metadata["error"]["code"]) == ("error", "TaskRowRefused")
+        await until_done_in(world.journal, job, ERROR)
+    assert world.counts.retries == []
+    assert (await world.run(job)).labels == ("red",)  # asked for again, when the table has changed
+
+
+async def test_a_row_that_refuses_everything_ends_in_the_journal_and_the_log_says_why(
+    world: World, dsn: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = world.job()
+    with refusing(dsn, job.task_id, "status = 'pending'"):
+        await world.executor().submit(job)
+        await until_done_in(world.journal, job, ERROR)
+        assert (await world.row(job)).status == "pending"
+    (said,) = [record for record in caplog.records if record.message == "the row takes no error"]
+    assert said.__dict__["task_id"] == job.task_id
+    assert "23514" in said.__dict__["reason"]
+    assert world.runner.calls == []
     await world.assert_it_still_works()
 
 
@@ -321,7 +366,7 @@ async def test_storage_that_goes_down_before_the_upload_costs_no_second_computat
         await asyncio.to_thread(s3.kill)
 
     world.runner.before = kill
-    job = world.job(prompts=("red", "blue"), is_batch=True)
+    job = world.job(prompts=words("red", "blue"), is_batch=True)
     running = asyncio.create_task(world.run(job))
     await until_true(lambda: "upload" in world.counts.retries)
     await asyncio.to_thread(s3.start)
@@ -380,7 +425,7 @@ async def test_the_same_request_at_once_is_one_task(any_world: World) -> None:
 
 
 async def test_what_is_done_is_answered_from_the_journal(any_world: World) -> None:
-    job = any_world.job(prompts=("red", "blue"), is_batch=True)
+    job = any_world.job(prompts=words("red", "blue"), is_batch=True)
     first = await any_world.run(job)
     again = await any_world.run(job)
     assert len(any_world.runner.calls) == 1
@@ -559,7 +604,7 @@ async def test_a_refused_job_leaves_an_error_row_and_one_with_other_inputs_alone
     assert (row.status, row.metadata["error"]["code"]) == ("error", "InvalidPrompt")
     done = any_world.job()
     await any_world.run(done, executor)
-    await executor.refuse(replace(done, prompts=("<|",)), InvalidPrompt("special"))
+    await executor.refuse(replace(done, prompts=words("<|")), InvalidPrompt("special"))
     assert (await any_world.row(done)).status == "done"
 
 
@@ -677,7 +722,7 @@ async def test_a_task_in_which_the_model_dies_each_time_is_given_up_and_its_neig
             raise RunnerDied("gone")
 
     embedded.runner.before = die_of_blue
-    poison, *others = [embedded.job(prompts=(prompt,)) for prompt in ("blue", "red", "green")]
+    poison, *others = [embedded.job(prompts=words(prompt)) for prompt in ("blue", "red", "green")]
     results = await asyncio.gather(*(embedded.run(job) for job in (poison, *others)), return_exceptions=True)
     assert isinstance(results[0], TaskGaveUp)
     assert [(await embedded.row(job)).status for job in (poison, *others)] == ["error", "done", "done"]
@@ -720,6 +765,139 @@ async def test_what_does_not_end_in_the_grace_period_goes_on_elsewhere(
     async with another_process(embedded, tmp_path) as other:
         other.start()
         await until_status(embedded, job, "done")
+
+
+async def test_a_task_that_is_taken_over_has_the_time_that_it_had_left(
+    embedded: World, tmp_path: Path
+) -> None:
+    job = embedded.job()
+    embedded.runner.before = forever
+    await embedded.executor(max_running=0).submit(job)  # it waits for its turn
+    await die(embedded)
+    with sqlite3.connect(database_of(tmp_path / "journal")) as connection:
+        long_ago = "update entries set accepted_at = accepted_at - 59, deadline_at = deadline_at - 59"
+        connection.execute(long_ago)
+    connection.close()
+    began_s = time.monotonic()
+    async with another_process(embedded, tmp_path) as other:
+        other.start()
+        row = await until_status(embedded, job, "error")
+    assert row.metadata["error"]["code"] == "TimeoutError"
+    assert time.monotonic() - began_s < 30  # of the 60 it had 1 left
+
+
+# What the disk holds before something else happens
+
+
+async def test_the_image_is_loaded_while_a_task_is_accepted_and_nothing_else_happens(
+    embedded: World,
+) -> None:
+    gate, loaded = asyncio.Event(), asyncio.Event()
+
+    async def accept_late() -> None:
+        await gate.wait()
+
+    async def note() -> None:
+        loaded.set()
+
+    late: Any = Watched(embedded.journal, accept=accept_late)
+    job = embedded.job()
+    executor = embedded.executor(journal=late, store=Watched(embedded.store, get=note))
+    running = asyncio.create_task(embedded.run(job, executor))
+    await asyncio.wait_for(loaded.wait(), 60)
+    await asyncio.sleep(0.2)
+    assert await embedded.tasks.get(job.task_id) is None
+    assert embedded.runner.calls == []
+    gate.set()
+    assert (await running).labels == ("red",)
+    assert (await executor.look(job.task_id)).attempts == 1
+
+
+@pytest.mark.parametrize("image", ["picture", "missing"])
+async def test_a_task_that_is_not_accepted_leaves_nothing_behind(embedded: World, image: str) -> None:
+    loaded = asyncio.Event()
+
+    async def note() -> None:
+        loaded.set()
+
+    async def refuse() -> None:
+        await asyncio.wait_for(loaded.wait(), 60)
+        await asyncio.sleep(0.05)
+        raise JournalUnavailable("no space is left on the journal's disk")
+
+    full: Any = Watched(embedded.journal, accept=refuse)
+    job = embedded.job(image_url=f"uploads/{image}.png")
+    before = asyncio.all_tasks()
+    executor = embedded.executor(journal=full, store=Watched(embedded.store, get=note))
+    with pytest.raises(JournalUnavailable):
+        await embedded.run(job, executor)
+    await until_true(lambda: asyncio.all_tasks() <= before)
+    assert await embedded.tasks.get(job.task_id) is None
+    assert embedded.counts.ends == []
+    assert embedded.runner.calls == []
+
+
+async def test_masks_are_uploaded_while_the_result_is_stored_and_the_row_waits_for_both(
+    embedded: World,
+) -> None:
+    gate, uploaded = asyncio.Event(), asyncio.Event()
+
+    async def store_late() -> None:
+        await gate.wait()
+
+    class Uploaded(Watched):
+        async def put(self, *arguments: Any) -> None:
+            await embedded.store.put(*arguments)
+            uploaded.set()
+
+    late: Any = Watched(embedded.journal, compute=store_late)
+    job = embedded.job()
+    store: Any = Uploaded(embedded.store)
+    running = asyncio.create_task(embedded.run(job, embedded.executor(journal=late, store=store)))
+    await asyncio.wait_for(uploaded.wait(), 60)
+    await asyncio.sleep(0.2)
+    assert (await embedded.row(job)).status == "processing"
+    gate.set()
+    await running
+    assert (await embedded.row(job)).status == "done"
+
+
+async def test_a_result_of_a_task_that_is_another_s_by_now_is_not_delivered(embedded: World) -> None:
+    async def lose() -> None:
+        entry = await embedded.journal.get(job.task_id)
+        assert entry is not None
+        await embedded.journal.release([entry])
+
+    job = embedded.job()
+    embedded.runner.before = lose
+    with pytest.raises(NotOurTask):
+        await embedded.run(job)
+    assert (await embedded.row(job)).status == "processing"
+
+
+async def test_the_stages_of_every_task_are_told_once(embedded: World, tmp_path: Path) -> None:
+    job = embedded.job()
+    first = embedded.executor(store=Watched(embedded.store, put=forever))
+    await first.submit(job)
+
+    async def is_computed() -> bool:
+        entry = await embedded.journal.get(job.task_id)
+        return entry is not None and entry.state == COMPUTED
+
+    await until(is_computed, "its result is stored")
+    await die(embedded)
+    assert embedded.counts.stages == []
+    async with another_process(embedded, tmp_path) as other:
+        other.start()
+        await until_status(embedded, job, "done")
+        await until_true(lambda: embedded.counts.ends == ["done"])
+        await embedded.run(job, other)  # answered from the record
+        (told,) = embedded.counts.stages
+        assert all(told[stage] > 0 for stage in ("download", "infer", "encode", "upload", "row_update"))
+        with pytest.raises(ObjectNotFound):
+            await embedded.run(embedded.job(image_url="uploads/missing.png"), other)
+        await until_true(lambda: embedded.counts.ends == ["done", "error"])
+        assert embedded.counts.stages[1]["download"] > 0 == embedded.counts.stages[1]["infer"]
 
 
 # A journal that fails in between

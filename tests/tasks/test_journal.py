@@ -318,6 +318,28 @@ async def test_what_a_closed_journal_left_is_taken_over_with_state_and_result(op
     assert await others.take_over() == []
 
 
+async def test_a_deadline_moves_by_the_time_in_which_nobody_carried_the_task(
+    opened: Open, directory: Path
+) -> None:
+    first, second = opened(), opened()
+    for task_id in ("dead", "waits"):
+        await accept(first, task_id)
+    let_go, _ = await accept(second, "let go")
+    await second.release([let_go])
+    await first.aclose()
+    with closing(sqlite3.connect(database_of(directory), isolation_level=None)) as connection:
+        # Accepted 500 s ago; heard of last so many seconds ago, or from its owner's other task.
+        change = (
+            "update entries set accepted_at = :now - 500, deadline_at = :now + 100, updated_at = :now - :ago"
+        )
+        for task_id, ago in (("dead", 60), ("waits", 450), ("let go", 20)):
+            bound = {"now": time.time(), "ago": ago, "task_id": task_id}
+            connection.execute(f"{change} where task_id = :task_id", bound)
+    left_s = {entry.task_id: entry.deadline_at - entry.updated_at for entry in await second.take_over()}
+    assert left_s == pytest.approx({"dead": 160, "waits": 160, "let go": 120}, abs=5)
+    assert all(time.time() - entry.updated_at < 30 for entry in [await entry_of(second, "dead")])
+
+
 async def test_asking_for_what_is_to_take_over_costs_no_commit(opened: Open) -> None:
     ours, others = opened(), opened()
     await accept(ours)

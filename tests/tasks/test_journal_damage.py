@@ -305,8 +305,13 @@ async def test_a_full_disk_refuses_new_tasks_keeps_old_ones_and_works_again_with
     journal = Journal(small_disk / "journal")
     accepted = await accept_until_refused(journal)
     assert len(accepted) > 10
+    is_writable = [journal.is_writable]
+    await journal.probe()
+    is_writable.append(journal.is_writable)
     assert len(await all_entries(journal, len(accepted))) == len(accepted)
     ballast.unlink()
+    await journal.probe()
+    assert [*is_writable, journal.is_writable] == [False, False, True]
     await add(journal, "after", 1)
     assert await journal.get("after") is not None
     await journal.aclose()

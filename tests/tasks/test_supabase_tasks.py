@@ -18,7 +18,7 @@ import httpx
 import pytest
 import uvloop
 
-from tasks.errors import TaskNotFound, TaskStoreTimeout, TaskStoreUnavailable
+from tasks.errors import TaskNotFound, TaskRowRefused, TaskStoreTimeout, TaskStoreUnavailable
 from tasks.store import TaskInputs, TaskResult
 from tasks.supabase import (
     RETRIED_STATUSES,
@@ -29,7 +29,14 @@ from tasks.supabase import (
     retry_after_seconds,
 )
 from tests.servers.postgres import Postgres, free_port, running_postgres
-from tests.servers.postgrest import PostgrestStandIn, insert_task, make_jwt, read_task, running_postgrest
+from tests.servers.postgrest import (
+    PostgrestStandIn,
+    insert_task,
+    make_jwt,
+    read_task,
+    refusing,
+    running_postgrest,
+)
 
 # Tries follow quickly; what waits for a server waits as long as a busy machine may need.
 FAST = RetryPolicy(
@@ -145,7 +152,36 @@ async def test_a_passing_fault_is_tried_again(
     assert read_task(dsn, task.task_id)["status"] == "processing"
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 406, 409, 412, 413, 416, 422, 500, 501])
+@pytest.mark.parametrize("status", [400, 409, 413, 414, 415, 422])
+async def test_what_is_refused_for_its_content_is_told_apart_and_not_tried_again(
+    stand_in: PostgrestStandIn, store: SupabaseTasks, task: TaskInputs, status: int
+) -> None:
+    stand_in.faults.fail(1, status=status)
+    with pytest.raises(TaskRowRefused, match=str(status)):
+        await store.start(task)
+    assert len(stand_in.seen) == 1
+
+
+async def test_what_postgres_refuses_is_refused_whatever_it_is(
+    store: SupabaseTasks, task: TaskInputs, dsn: str
+) -> None:
+    with refusing(dsn, task.task_id, "status <> 'processing'"), pytest.raises(TaskRowRefused, match="23514"):
+        await store.start(task)
+    await store.start(task)
+    with pytest.raises(TaskRowRefused, match="22P05"):  # Postgres has no text with a NUL in it
+        await store.fail(task, "X", "\x00")
+
+
+@pytest.mark.parametrize("code", ["PGRST204", "42703", "42883"])
+async def test_a_database_that_is_not_set_up_refuses_no_row(
+    stand_in: PostgrestStandIn, store: SupabaseTasks, task: TaskInputs, code: str
+) -> None:
+    stand_in.faults.fail(1, status=400, body=f'{{"code": "{code}"}}'.encode())
+    with pytest.raises(TaskStoreUnavailable, match=code):
+        await store.start(task)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 405, 406, 412, 416, 500, 501])
 async def test_any_other_status_is_final_and_ours_to_answer_for(
     stand_in: PostgrestStandIn, store: SupabaseTasks, task: TaskInputs, status: int
 ) -> None:

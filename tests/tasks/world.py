@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,13 +12,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sam3_runner.images import ImageLimits, ModelImage, open_for_model
+from sam3_runner.drawing import Found
+from sam3_runner.images import ImageLimits, ModelImage, Region, open_for_model, open_image
+from sam3_runner.outputs import Order, make_outputs
+from sam3_runner.types import Prompt, Selection
 from storage import ImageUrls, ObjectStore
 from storage.errors import StorageTimeout, StorageUnavailable
 from tasks.errors import TaskStoreTimeout, TaskStoreUnavailable
 from tasks.executor import RetryRules, TaskExecutor
+from tasks.job import Job
 from tasks.journal import Journal
-from tasks.pipeline import Job, JobOutcome, Pipeline
+from tasks.pipeline import JobOutcome, Pipeline
 from tasks.store import TaskRow, TaskStore
 from tasks.supabase import RetryPolicy
 from tests.tasks.colour_runner import ColourRunner
@@ -61,8 +65,15 @@ def iou(png: bytes, truth: np.ndarray) -> float:
         levels = np.asarray(image.convert("L"))
     assert levels.shape == truth.shape
     assert set(np.unique(levels)) <= {0, 255}
-    found = levels == 255
+    return iou_of(levels == 255, truth)
+
+
+def iou_of(found: np.ndarray, truth: np.ndarray) -> float:
     return float((found & truth).sum() / max(1, (found | truth).sum()))
+
+
+def words(*texts: str, **selection: Any) -> tuple[Prompt, ...]:
+    return tuple(Prompt(text, selection=Selection(**selection)) for text in texts)
 
 
 def code_of(error: BaseException) -> tuple[str, str]:
@@ -75,8 +86,16 @@ class ThreadDecoder:
 
     limits: ImageLimits
 
-    async def open_for_model(self, data: bytes, input_size_px: int) -> ModelImage:
-        return await asyncio.to_thread(open_for_model, data, input_size_px, self.limits)
+    async def open_for_model(
+        self, data: bytes, input_size_px: int, region: Region | None = None
+    ) -> ModelImage:
+        return await asyncio.to_thread(open_for_model, data, input_size_px, self.limits, region)
+
+    async def make_outputs(
+        self, order: Order, found: Found, size_hw: tuple[int, int], data: bytes
+    ) -> dict[str, bytes]:
+        pixels = open_image(data, self.limits) if order.needs_pixels else None
+        return await asyncio.to_thread(make_outputs, order, found, size_hw, pixels)
 
 
 class RunnerDied(Exception):
@@ -96,13 +115,15 @@ class Counts:
 
     retries: list[str] = field(default_factory=list)
     ends: list[str] = field(default_factory=list)
+    stages: list[Mapping[str, float]] = field(default_factory=list)
     takeovers: int = 0
 
     def retried(self, step: str) -> None:
         self.retries.append(step)
 
-    def ended(self, outcome: str) -> None:
+    def ended(self, outcome: str, stage_ms: Mapping[str, float]) -> None:
         self.ends.append(outcome)
+        self.stages.append(dict(stage_ms))
 
     def taken_over(self) -> None:
         self.takeovers += 1
@@ -130,8 +151,7 @@ class World:
             task_id=self.new_task_id(),
             user_id="user-1",
             image_url="uploads/picture.png",
-            prompts=("red",),
-            score_threshold=0.5,
+            prompts=words("red"),
             request_id="request-1",
         )
         return replace(job, **changes)
@@ -216,8 +236,8 @@ class Watched:
         if name not in self._before:
             return method
 
-        async def call(*arguments: Any) -> Any:
+        async def call(*arguments: Any, **named: Any) -> Any:
             await self._before[name]()
-            return await method(*arguments)
+            return await method(*arguments, **named)
 
         return call
