@@ -3,8 +3,10 @@
 Seeded, resumable (run it again and it goes on from its last state), on CPU or CUDA. It writes a Hugging Face
 directory in the form of `facebook/sam3`: config, safetensors, tokenizer and image processor.
 
-In two phases. First the image encoder learns alone which colour and shape every patch shows: a transformer needs
-many images to see shapes, and without prompts an image costs a fifth. Then the whole model learns to answer.
+In four phases. First the image encoder learns alone which colour and shape every patch shows: a transformer needs
+many images to see shapes, and without prompts an image costs a fifth. Then the whole model learns to answer words.
+Then, both encoders at rest from here on, the geometry encoder learns alone what boxes show, and in the end the
+detector learns to answer exemplars too.
 """
 
 from __future__ import annotations
@@ -26,7 +28,15 @@ from tqdm import tqdm
 from transformers import CLIPTokenizer, Sam3ImageProcessor, Sam3Model
 
 from sam3_runner.checkpoint import DEMO_CHECKPOINT
-from sam3_runner.forward import decode, encode_image, encode_text
+from sam3_runner.forward import (
+    ImageFeatures,
+    LayerOutputs,
+    TextFeatures,
+    decode,
+    encode_boxes,
+    encode_image,
+    encode_text,
+)
 from sam3_runner.training.architecture import (
     HIDDEN,
     IMAGE_SIZE_PX,
@@ -36,7 +46,7 @@ from sam3_runner.training.architecture import (
 )
 from sam3_runner.training.attention import use_plain_attention
 from sam3_runner.training.data import UNKNOWN_COLOURS, UNKNOWN_THINGS, Batch, Collate, SceneDataset
-from sam3_runner.training.guides import Guides, guide_losses, pixel_kind_loss
+from sam3_runner.training.guides import Guides, pixel_kind_loss
 from sam3_runner.training.losses import Target, detection_loss
 from sam3_runner.training.muon import Muon
 from sam3_runner.training.scenes import all_prompt_texts
@@ -47,14 +57,18 @@ EMA_DECAY = 0.998
 MAX_GRADIENT_NORM = 2.0
 MUON_RATE = 5e-3
 WEIGHT_DECAY = 0.02
-# Shares of the highest learning rates in the second phase; at the full rate the backbone forgets shapes.
+# Shares of the highest learning rates where words are learnt; at the full rate the backbone forgets shapes.
 DETECTOR_RATE = 0.7
 TRAINED_BACKBONE_RATE = 0.2
 CROWD = 7  # objects tried in a scene of the first phase, at least: they are what there is to learn from
+EXEMPLAR_SHARE = 0.6  # of the questions of the last phase, so that words are not forgotten
 WARM_UP_STEPS = 100
 DECAY_SHARE = (
     0.3  # the learning rate falls over the last part; before, it stays: so `--steps` can be raised late
 )
+
+
+IMAGE_ENCODER, DETECTOR, BOX_READER, EXEMPLARS = "image encoder", "detector", "box reader", "exemplars"
 
 
 @dataclass(frozen=True)
@@ -65,6 +79,8 @@ class TrainingOptions:
     state: Path
     image_steps: int
     steps: int
+    box_steps: int
+    exemplar_steps: int
     images: int
     prompts: int
     learning_rate: float
@@ -91,40 +107,81 @@ class Trainer:
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.guides = Guides(HIDDEN).to(options.device)
         self.optimisers = build_optimisers(self.model, self.guides, options.learning_rate)
-        self.image_step = 0  # of the first phase
-        self.step = 0  # of the second
+        self.steps = dict.fromkeys((IMAGE_ENCODER, DETECTOR, BOX_READER, EXEMPLARS), 0)  # that were taken
         if options.state.exists():
             self._load(torch.load(options.state, map_location=options.device, weights_only=True))
 
-    def train_image_encoder(self, batch: Batch) -> dict[str, float]:
-        """One step of the first phase; the batch's prompts are not looked at."""
-        options = self.options
-        batch = batch.to(options.device)
+    def train_image_encoder(self, batch: Batch, factor: float) -> dict[str, float]:
+        """One step at this fraction of the highest learning rates; the batch's prompts are not looked at."""
+        batch = batch.to(self.options.device)
         with self.autocast:
             features = encode_coarse_level(self.model, batch.pixel_values)
             kinds = self.guides.kinds[-1](features)
         loss = pixel_kind_loss(kinds, batch.kinds)
-        norm = self._descend(loss, learning_rate_factor(self.image_step, options.image_steps))
-        self.image_step += 1
-        return {"norm": norm, "kinds": loss.item()}
+        return {"norm": self._descend(loss, factor), "kinds": loss.item()}
 
-    def train_detector(self, batch: Batch) -> dict[str, float]:
-        """One step of the second phase: I images with P prompts each."""
-        options = self.options
-        batch = batch.to(options.device)
+    def train_box_reader(self, batch: Batch, factor: float) -> dict[str, float]:
+        """Likewise, for I images with P prompts each, all by exemplars; nothing is detected."""
+        batch = batch.to(self.options.device)
         with self.autocast:
             image = encode_image(self.model, batch.pixel_values)
             text = encode_text(self.model, batch.input_ids, batch.attention_mask)
-            kinds, matches = self.guides(image, text)
-            prompts_per_image = len(batch.input_ids) // len(batch.pixel_values)
-            drawn = pairs_to_draw(batch.targets, prompts_per_image).to(options.device)
-            outputs = decode(self.model, image.repeat_each(prompts_per_image), text, drawn=drawn)
-        terms = detection_loss(outputs, batch.targets) | guide_losses(kinds, matches, batch)
-        loss = terms["total"] + terms["kinds"] + terms["match"]
-        factor = learning_rate_factor(self.step, options.steps)
-        norm = self._descend(loss, DETECTOR_RATE * factor, TRAINED_BACKBONE_RATE * factor)
-        self.step += 1
-        return {"norm": norm, **{name: term.item() for name, term in terms.items()}}
+            boxes = self._read_boxes(image.repeat_each(batch.prompts_per_image), batch)
+            match = self.guides.match_loss(image, text.append(boxes.tokens, boxes.is_token), batch)
+            guides = {"match": match, **self.guides.exemplar_losses(boxes, batch.exemplars)}
+        return self._learn({}, guides, factor)
+
+    def train_detector(self, batch: Batch, factor: float) -> dict[str, float]:
+        """Likewise, for I images with P prompts each, all in words."""
+        batch = batch.to(self.options.device)
+        with self.autocast:
+            image = encode_image(self.model, batch.pixel_values)
+            text = encode_text(self.model, batch.input_ids, batch.attention_mask)
+            guides = {
+                "kinds": self.guides.kind_loss(image, batch),
+                "match": self.guides.match_loss(image, text, batch),
+            }
+            outputs = self._decode(image, text, batch)
+        found = detection_loss(outputs, batch.targets)
+        return self._learn(found, guides, DETECTOR_RATE * factor, TRAINED_BACKBONE_RATE * factor)
+
+    def train_exemplars(self, batch: Batch, factor: float) -> dict[str, float]:
+        """Likewise, in words or by exemplars or both.
+
+        Of the guides those of boxes alone go on: no inner product, as `match` asks for, can say "but not like this".
+        """
+        batch = batch.to(self.options.device)
+        with self.autocast:
+            image = encode_image(self.model, batch.pixel_values)
+            text = encode_text(self.model, batch.input_ids, batch.attention_mask)
+            boxes = self._read_boxes(image.repeat_each(batch.prompts_per_image), batch)
+            guides = self.guides.exemplar_losses(boxes, batch.exemplars)
+            outputs = self._decode(image, text, batch, boxes)
+        return self._learn(detection_loss(outputs, batch.targets), guides, DETECTOR_RATE * factor)
+
+    def _decode(
+        self, image: ImageFeatures, text: TextFeatures, batch: Batch, boxes: TextFeatures | None = None
+    ) -> LayerOutputs:
+        drawn = pairs_to_draw(batch.targets, batch.prompts_per_image).to(self.options.device)
+        return decode(self.model, image.repeat_each(batch.prompts_per_image), text, boxes=boxes, drawn=drawn)
+
+    def _read_boxes(self, pairs: ImageFeatures, batch: Batch) -> TextFeatures:
+        exemplars = batch.exemplars
+        return encode_boxes(
+            self.model, pairs, exemplars.boxes_cxcywh, exemplars.is_positive, exemplars.is_box
+        )
+
+    def _learn(
+        self,
+        found: dict[str, Tensor],
+        guides: dict[str, Tensor],
+        factor: float,
+        backbone_factor: float | None = None,
+    ) -> dict[str, float]:
+        """Descend on what `detection_loss` says, if it was asked, and on what the guides add."""
+        loss = torch.stack([*guides.values(), *([found["total"]] if found else [])]).sum()
+        norm = self._descend(loss, factor, backbone_factor)
+        return {"norm": norm, **{name: term.item() for name, term in (found | guides).items()}}
 
     def _descend(self, loss: Tensor, factor: float, backbone_factor: float | None = None) -> float:
         """One step at these fractions of the highest learning rates; returns the gradient's norm."""
@@ -144,7 +201,7 @@ class Trainer:
     @torch.no_grad()
     def _update_average(self) -> None:
         # Early on the plain average of all steps so far forgets the random start faster.
-        steps = self.image_step + self.step
+        steps = sum(self.steps.values())
         decay = min(EMA_DECAY, steps / (steps + 10))
         for averaged, current in zip(self.average.parameters(), self.model.parameters(), strict=True):
             averaged.lerp_(current, 1 - decay)
@@ -154,8 +211,7 @@ class Trainer:
         if _place_in_group()[0] > 0:
             return
         state = {
-            "image_step": self.image_step,
-            "step": self.step,
+            "steps": self.steps,
             "model": self.model.state_dict(),
             "guides": self.guides.state_dict(),
             "average": self.average.state_dict(),
@@ -167,7 +223,7 @@ class Trainer:
         os.replace(partial, self.options.state)
 
     def _load(self, state: dict[str, Any]) -> None:
-        self.image_step, self.step = state["image_step"], state["step"]
+        self.steps = state["steps"]
         self.model.load_state_dict(state["model"])
         self.guides.load_state_dict(state["guides"])
         self.average.load_state_dict(state["average"])
@@ -272,47 +328,79 @@ def save_checkpoint(model: Sam3Model, tokenizer: CLIPTokenizer, out: Path) -> No
             os.replace(file, out / file.name)
 
 
-def train(options: TrainingOptions) -> None:
-    """Train from the last saved state, or from the start, to the end of both phases; save state and checkpoint."""
-    trainer = Trainer(options)
-    # An image without prompts costs so little that twice as many fit into a step.
+@dataclass(frozen=True)
+class Phase:
+    """A part of the training: so many steps of so many images, in which parts of the model learn."""
+
+    name: str
+    steps: int
+    images: int
+    scenes: SceneDataset
+    train_step: Callable[[Batch, float], dict[str, float]]
+    learns: tuple[nn.Module, ...]
+
+
+def phases(trainer: Trainer) -> list[Phase]:
+    """All of them, in order."""
+    options, model = trainer.options, trainer.model
+    seed, images = options.seed, options.images
+    # Without prompts an image costs so little that twice as many fit into a step, and prompts cost little if nothing is
+    # detected.
     grid = IMAGE_SIZE_PX // PATCH_SIZE_PX
-    scenes = SceneDataset(options.seed + 1, IMAGE_SIZE_PX, 2 * grid, prompts_per_image=1, min_objects=CROWD)
-    steps = range(trainer.image_step, options.image_steps)
-    _run_phase("image encoder", trainer, trainer.train_image_encoder, scenes, 2 * options.images, steps)
-    questions = SceneDataset(options.seed, IMAGE_SIZE_PX, MASK_SIZE_PX, options.prompts)
-    steps = range(trainer.step, options.steps)
-    _run_phase("detector", trainer, trainer.train_detector, questions, options.images, steps)
+    crowds = SceneDataset(seed + 1, IMAGE_SIZE_PX, 2 * grid, prompts_per_image=1, min_objects=CROWD)
+    words = SceneDataset(seed, IMAGE_SIZE_PX, MASK_SIZE_PX, options.prompts)
+    boxes = SceneDataset(seed + 2, IMAGE_SIZE_PX, 2 * grid, 2 * options.prompts, exemplar_share=1.0)
+    both = SceneDataset(seed + 3, IMAGE_SIZE_PX, MASK_SIZE_PX, options.prompts, exemplar_share=EXEMPLAR_SHARE)
+    answering = (
+        model.geometry_encoder,
+        model.detr_encoder,
+        model.detr_decoder,
+        model.mask_decoder,
+        model.dot_product_scoring,
+    )
+    return [
+        Phase(IMAGE_ENCODER, options.image_steps, 2 * images, crowds, trainer.train_image_encoder, (model,)),
+        Phase(DETECTOR, options.steps, images, words, trainer.train_detector, (model,)),
+        Phase(BOX_READER, options.box_steps, 2 * images, boxes, trainer.train_box_reader, answering[:1]),
+        Phase(EXEMPLARS, options.exemplar_steps, images, both, trainer.train_exemplars, answering),
+    ]
+
+
+def train(options: TrainingOptions) -> None:
+    """Train from the last saved state, or from the start, to the end of all phases; save state and checkpoint."""
+    trainer = Trainer(options)
+    for phase in phases(trainer):
+        _run_phase(trainer, phase)
     trainer.save_state()
     if _place_in_group()[0] == 0:
         save_checkpoint(trainer.average, trainer.tokenizer, options.out)
 
 
-def _run_phase(
-    name: str,
-    trainer: Trainer,
-    train_step: Callable[[Batch], dict[str, float]],
-    dataset: SceneDataset,
-    images: int,
-    steps: range,
-) -> None:
-    """Take `steps` steps of `images` images; save the state now and then."""
+def _run_phase(trainer: Trainer, phase: Phase) -> None:
+    """Take the steps that are left of it; save the state now and then."""
     options = trainer.options
     rank, processes = _place_in_group()
+    steps = range(trainer.steps[phase.name], phase.steps)
+    images = phase.images
     loader = DataLoader(
-        dataset,
+        phase.scenes,
         batch_sampler=[list(range(step * images + rank, (step + 1) * images, processes)) for step in steps],
         num_workers=options.workers,
         collate_fn=Collate(trainer.tokenizer),
         worker_init_fn=_one_thread,
         prefetch_factor=8 if options.workers else None,
     )
+    trainer.model.requires_grad_(False)
+    for part in phase.learns:
+        part.requires_grad_(True)
     smooth: dict[str, float] = {}
     with tqdm(
-        loader, name, steps.stop, initial=steps.start, unit="step", smoothing=0.02, disable=rank > 0
+        loader, phase.name, steps.stop, initial=steps.start, unit="step", smoothing=0.02, disable=rank > 0
     ) as progress:
         for step, batch in zip(steps, progress, strict=True):
-            for term, value in train_step(batch).items():
+            terms = phase.train_step(batch, learning_rate_factor(step, phase.steps))
+            trainer.steps[phase.name] = step + 1
+            for term, value in terms.items():
                 smooth[term] = 0.98 * smooth.get(term, value) + 0.02 * value
             if step % 20 == 19:
                 progress.set_postfix({term: f"{value:.3g}" for term, value in smooth.items()}, refresh=False)
@@ -348,8 +436,12 @@ def parse_options(arguments: list[str] | None = None) -> TrainingOptions:
         default=DEMO_CHECKPOINT.with_name("demo-training.pt"),
         help="file to resume from",
     )
-    parser.add_argument("--image-steps", type=int, default=4000, help="steps of the first phase")
-    parser.add_argument("--steps", type=int, default=6000, help="steps of the second phase")
+    parser.add_argument("--image-steps", type=int, default=4000, help="steps of the image encoder alone")
+    parser.add_argument("--steps", type=int, default=6000, help="steps of the detector with words")
+    parser.add_argument("--box-steps", type=int, default=600, help="steps of the geometry encoder alone")
+    parser.add_argument(
+        "--exemplar-steps", type=int, default=3000, help="steps of the detector with exemplars"
+    )
     parser.add_argument("--images", type=int, default=8, help="images in a step")
     parser.add_argument("--prompts", type=int, default=4, help="prompts for each image")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="highest, of AdamW")

@@ -1,7 +1,8 @@
 """Measure a checkpoint on unseen scenes: `python -m sam3_runner.training.evaluate`.
 
-Every scene is asked one prompt that is there and one that is not, through the same `Segmenter` that serves
-requests. Ground truth is the drawn geometry at the scene's own size.
+Every scene is asked one prompt in words that is there and one that is not, through the same `Segmenter` that serves
+requests; other scenes are asked by exemplars, a number of them for each kind of question. Ground truth is the drawn
+geometry at the scene's own size.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import argparse
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +27,13 @@ from sam3_runner import rle
 from sam3_runner.checkpoint import DEMO_CHECKPOINT
 from sam3_runner.images import resize_for_model
 from sam3_runner.segmenter import Segmenter
-from sam3_runner.training.scenes import Scene, draw_prompt, draw_scene
-from sam3_runner.types import Prompt, Segmentation, SegmentItem
+from sam3_runner.training.data import MIN_OBJECTS_ALIKE, SHARE_ALIKE
+from sam3_runner.training.exemplars import JITTER_SHARE, QUESTIONS
+from sam3_runner.training.scenes import Scene, ScenePrompt, draw_prompt, draw_scene
+from sam3_runner.types import Box, Prompt, Segmentation, SegmentItem
 
-EVALUATION_SEED = 2_000_003  # training draws from seeds 0 and 1: no scene is in both
+EVALUATION_SEED = 2_000_003  # training draws from seeds 0 to 3: no scene is in both
+AREA_SIDE_PX = (192, 640)  # larger and more varied in size than training scenes
 SCENES_PER_BATCH = 8
 MATCH_IOU = 0.5
 
@@ -44,6 +49,8 @@ class Tally:
         there: True instances.
         absent: Absent prompts asked.
         absent_answered: Of those, the ones that found something.
+        forbidden: True instances that are like a negative exemplar.
+        forbidden_found: Of those, the ones that are found all the same.
     """
 
     union_ious: list[float] = field(default_factory=list)
@@ -52,11 +59,18 @@ class Tally:
     there: int = 0
     absent: int = 0
     absent_answered: int = 0
+    forbidden: int = 0
+    forbidden_found: int = 0
 
-    def add(self, segmentation: Segmentation, truth: Sequence[npt.NDArray[np.bool_]]) -> None:
-        """Count one prompt's answer; `truth` holds the masks of its instances, none if it is absent."""
+    def add(self, segmentation: Segmentation, scene: Scene, prompt: ScenePrompt) -> None:
+        """Count the answer to one prompt about a scene."""
         masks = [rle.decode_mask(mask) for mask in segmentation.masks]
+        truth, forbidden = (
+            [scene.objects[i].mask for i in chosen] for chosen in (prompt.matches, prompt.forbidden)
+        )
         self.found += len(masks)
+        self.forbidden += len(forbidden)
+        self.forbidden_found += count_hits(masks, forbidden)
         if not truth:
             self.absent += 1
             self.absent_answered += bool(masks)
@@ -77,8 +91,13 @@ class Tally:
 
     @property
     def absent_share(self) -> float:
-        """Share of absent prompts that found something."""
-        return self.absent_answered / self.absent
+        """Share of absent prompts that found something; 0 of none."""
+        return self.absent_answered / max(self.absent, 1)
+
+    @property
+    def forbidden_share(self) -> float:
+        """Share of what a negative exemplar forbids that is found all the same; 0 of none."""
+        return self.forbidden_found / max(self.forbidden, 1)
 
 
 def iou(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> float:
@@ -89,7 +108,7 @@ def iou(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> float:
 
 def count_hits(masks: Sequence[npt.NDArray[np.bool_]], truth: Sequence[npt.NDArray[np.bool_]]) -> int:
     """How many masks match a true one with IoU of at least 0.5, one to one."""
-    if not masks:
+    if not masks or not truth:
         return 0
     overlaps = np.array([[iou(mask, true) for true in truth] for mask in masks])
     rows, columns = linear_sum_assignment(overlaps, maximize=True)
@@ -98,45 +117,77 @@ def count_hits(masks: Sequence[npt.NDArray[np.bool_]], truth: Sequence[npt.NDArr
 
 @dataclass(frozen=True)
 class Question:
-    """One unseen scene with a prompt that is there and one that is not."""
+    """One unseen scene with what is asked about it."""
 
     scene: Scene
-    texts: tuple[str, str]
-    matches: tuple[int, ...]
+    prompts: tuple[ScenePrompt, ...]
 
     @classmethod
     def draw(cls, seed: int, index: int) -> Question:
-        """Scene `index` of `seed`; larger and more varied in size than training scenes."""
+        """Scene `index` of `seed`, with a prompt that is there and one that is not."""
         rng = np.random.default_rng([seed, index])
-        scene = draw_scene(rng, (192, 640))
+        scene = draw_scene(rng, AREA_SIDE_PX)
         present = draw_prompt(rng, scene, absent_share=0.0)
         absent = draw_prompt(rng, scene, absent_share=1.0)
-        return cls(scene, (present.text, absent.text), present.matches)
+        return cls(scene, (present, absent))
+
+    @classmethod
+    def draw_by_exemplars(cls, kind: str, seed: int, index: int) -> Question:
+        """Question `index` of `seed` of this kind, one of `QUESTIONS`; about the first scene that allows one."""
+        rng = np.random.default_rng([seed, index, list(QUESTIONS).index(kind)])
+        while True:
+            scene = draw_scene(rng, AREA_SIDE_PX, MIN_OBJECTS_ALIKE, SHARE_ALIKE)
+            prompt = QUESTIONS[kind](rng, scene)
+            if prompt is not None:
+                return cls(scene, (prompt,))
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The prompts that are in words."""
+        return tuple(prompt.text for prompt in self.prompts if prompt.text is not None)
 
     def item(self, input_size_px: int) -> SegmentItem:
         """The scene as a runner takes it."""
         height, width = self.scene.image.shape[:2]
-        prompts = tuple(Prompt(text) for text in self.texts)
+        prompts = tuple(as_asked(prompt) for prompt in self.prompts)
         return SegmentItem(resize_for_model(self.scene.image, input_size_px), (height, width), prompts)
 
 
+def as_asked(prompt: ScenePrompt) -> Prompt:
+    """What a caller sends."""
+    boxes = tuple(Box(exemplar.box_xyxy_px, exemplar.is_positive) for exemplar in prompt.exemplars)
+    return Prompt(prompt.text, boxes)
+
+
 def evaluate(segmenter: Segmenter, scenes: int, seed: int = EVALUATION_SEED) -> Tally:
-    """Ask about `scenes` unseen scenes.
+    """Ask in words about `scenes` unseen scenes.
 
     Raises:
         RuntimeError: the segmenter failed on a scene.
     """
+    return _ask(segmenter, scenes, partial(Question.draw, seed))
+
+
+def evaluate_exemplars(segmenter: Segmenter, kind: str, scenes: int, seed: int = EVALUATION_SEED) -> Tally:
+    """Ask by exemplars, one kind of question out of `QUESTIONS`, about `scenes` unseen scenes.
+
+    Raises:
+        RuntimeError: the segmenter failed on a scene.
+    """
+    return _ask(segmenter, scenes, partial(Question.draw_by_exemplars, kind, seed))
+
+
+def _ask(segmenter: Segmenter, scenes: int, draw: Callable[[int], Question]) -> Tally:
     tally = Tally()
     size = segmenter.info.input_size_px
     for start in tqdm(range(0, scenes, SCENES_PER_BATCH), unit="batch"):
-        questions = [Question.draw(seed, i) for i in range(start, min(start + SCENES_PER_BATCH, scenes))]
+        questions = [draw(index) for index in range(start, min(start + SCENES_PER_BATCH, scenes))]
         results = segmenter.segment_batch([question.item(size) for question in questions])
         for question, result in zip(questions, results, strict=True):
             if result.error:
                 raise RuntimeError(f"the segmenter failed: {result.error.message}")
-            present, absent = result.segmentations
-            tally.add(present, [question.scene.objects[i].mask for i in question.matches])
-            tally.add(absent, [])
+            for prompt, answer in zip(question.prompts, result.segmentations, strict=True):
+                tally.add(answer, question.scene, prompt)
     return tally
 
 
@@ -149,7 +200,7 @@ def median_latency_ms(segmenter: Segmenter, runs: int = 30) -> float:
     for index in range(runs + 3):
         question = Question.draw(EVALUATION_SEED, index)
         start = time.perf_counter()
-        segmenter.segment(question.scene.image, [Prompt(question.texts[0])])
+        segmenter.segment(question.scene.image, [as_asked(question.prompts[0])])
         times.append((time.perf_counter() - start) * 1000)
     return statistics.median(times[3:])
 
@@ -174,16 +225,41 @@ def report(segmenter: Segmenter, tally: Tally, latency_ms: float) -> str:
     return "\n".join([*lines, "", conditions])
 
 
+def exemplar_report(tallies: Mapping[str, Tally]) -> str:
+    """A row for each kind of question by exemplars, as Markdown, conditions below it."""
+    lines = [
+        "| question | union mean IoU | instance F1 | found though nothing is right | forbidden instances found |",
+        "|---|---|---|---|---|",
+    ]
+    for kind, tally in tallies.items():
+        union = f"{tally.mean_iou:.3f}" if tally.union_ious else "–"
+        f1 = f"{tally.f1:.3f}" if tally.there else "–"
+        absent = f"{tally.absent_share:.1%} of {tally.absent}" if tally.absent else "–"
+        forbidden = f"{tally.forbidden_share:.1%} of {tally.forbidden}" if tally.forbidden else "–"
+        lines.append(f"| {kind} | {union} | {f1} | {absent} | {forbidden} |")
+    asked = {len(tally.union_ious) + tally.absent for tally in tallies.values()}
+    conditions = (
+        f"{' or '.join(map(str, sorted(asked)))} unseen scenes (seed {EVALUATION_SEED}) for each, of at least "
+        f"{MIN_OBJECTS_ALIKE} objects where they fit; every edge of a box off by up to {JITTER_SHARE:.0%} of its side."
+    )
+    return "\n".join([*lines, "", conditions])
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Measure a checkpoint on unseen synthetic scenes.")
     parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT)
-    parser.add_argument("--scenes", type=int, default=1000)
+    parser.add_argument("--scenes", type=int, default=1000, help="asked about in words")
+    parser.add_argument(
+        "--exemplar-scenes", type=int, default=500, help="asked about by exemplars, for each kind of question"
+    )
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     segmenter = Segmenter.from_checkpoint(options.checkpoint, options.device)
     latency_ms = median_latency_ms(segmenter)
     print(report(segmenter, evaluate(segmenter, options.scenes), latency_ms))
+    tallies = {kind: evaluate_exemplars(segmenter, kind, options.exemplar_scenes) for kind in QUESTIONS}
+    print("", exemplar_report(tallies), sep="\n")
 
 
 if __name__ == "__main__":

@@ -7,14 +7,12 @@ are trained beside the model and never saved with it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sam3_runner.forward import ImageFeatures, TextFeatures
-from sam3_runner.training.data import Batch
+from sam3_runner.training.data import Batch, Exemplars
 from sam3_runner.training.losses import dice_loss, union_masks
 from sam3_runner.training.scenes import COLOURS, SHAPES
 
@@ -23,11 +21,13 @@ LEVELS = (0, -1)  # the finest, which masks are made from, and the one that the 
 
 
 class Guides(nn.Module):
-    """Two questions, asked of two levels of the image features.
+    """Two questions, asked of two levels of the image features, and two asked of the geometry encoder.
 
     - `kinds`: which colour and which shape does this pixel show?
     - `match`: does this pixel show what the prompt says? By a plain inner product with the pooled prompt, which
-      makes both encoders speak one language.
+      makes all encoders speak one language.
+    - `shown`: which colour and which shape does this box show?
+    - `shared`: and which have all positive boxes in common? Asked of the class token.
 
     Args:
         channels: C of the image and text features.
@@ -37,36 +37,43 @@ class Guides(nn.Module):
         super().__init__()
         self.kinds = nn.ModuleList(nn.Conv2d(channels, sum(KINDS), 1) for _ in LEVELS)
         self.match = nn.ModuleList(nn.Linear(channels, channels + 1) for _ in LEVELS)
+        self.shown = nn.Linear(channels, sum(KINDS))
+        self.shared = nn.Linear(channels, sum(KINDS))
 
-    def forward(self, image: ImageFeatures, text: TextFeatures) -> tuple[list[Tensor], list[Tensor]]:
-        """Logits of both questions, for I images with P prompts each.
+    def kind_loss(self, image: ImageFeatures, batch: Batch) -> Tensor:
+        """What `kinds` adds to the loss, weighted."""
+        losses = [
+            pixel_kind_loss(ask(image.levels[level]), batch.kinds)
+            for level, ask in zip(LEVELS, self.kinds, strict=True)
+        ]
+        return 5.0 * torch.stack(losses).sum()
 
-        Returns:
-            `kinds` (I, K, h, w) and `match` (I·P, h, w), each at every level.
-        """
-        is_token = text.is_token[..., None]
-        pooled = (text.tokens * is_token).sum(1) / is_token.sum(1)  # (I·P, C)
-        kinds, matches = [], []
-        for level, ask_kind, ask_match in zip(LEVELS, self.kinds, self.match, strict=True):
+    def match_loss(self, image: ImageFeatures, prompts: TextFeatures, batch: Batch) -> Tensor:
+        """What `match` adds to the loss, weighted, for I images with P prompts each, words or boxes or both."""
+        is_token = prompts.is_token[..., None]
+        pooled = (prompts.tokens * is_token).sum(1) / is_token.sum(1)  # (I·P, C)
+        losses = []
+        for level, ask in zip(LEVELS, self.match, strict=True):
             features = image.levels[level]  # (I, C, h, w)
-            kinds.append(ask_kind(features))
-            asked = ask_match(pooled).unflatten(0, (len(features), -1))  # (I, P, C + 1)
+            asked = ask(pooled).unflatten(0, (len(features), -1))  # (I, P, C + 1)
             products = torch.einsum("ipc,ichw->iphw", asked[..., :-1], features)
-            matches.append((products + asked[..., -1, None, None]).flatten(0, 1))
-        return kinds, matches
+            losses.append(_match_loss((products + asked[..., -1, None, None]).flatten(0, 1), batch))
+        return 8.0 * torch.stack(losses).sum()
 
+    def exemplar_losses(self, boxes: TextFeatures, exemplars: Exemplars) -> dict[str, Tensor]:
+        """What `shown` and `shared` add to the loss, weighted.
 
-def guide_losses(kinds: Sequence[Tensor], matches: Sequence[Tensor], batch: Batch) -> dict[str, Tensor]:
-    """What the guides add to the loss, weighted.
-
-    Args:
-        kinds: As `Guides` returns them.
-        matches: Likewise.
-        batch: With its ground truth.
-    """
-    kind = torch.stack([pixel_kind_loss(logits, batch.kinds) for logits in kinds]).sum()
-    match = torch.stack([_match_loss(logits, batch) for logits in matches]).sum()
-    return {"kinds": 5.0 * kind, "match": 8.0 * match}
+        Args:
+            boxes: As `encode_boxes` made them, the class token last.
+            exemplars: The same boxes, with what they show.
+        """
+        has_positive = (exemplars.is_positive & exemplars.is_box).any(1)
+        shown = self.shown(boxes.tokens[:, :-1][exemplars.is_box])
+        shared = self.shared(boxes.tokens[:, -1][has_positive])
+        return {
+            "shown": 4.0 * _exemplar_loss(shown, exemplars.kinds[exemplars.is_box]),
+            "shared": 4.0 * _exemplar_loss(shared, exemplars.shared[has_positive]),
+        }
 
 
 def pixel_kind_loss(logits: Tensor, shares: Tensor) -> Tensor:
@@ -85,6 +92,13 @@ def pixel_kind_loss(logits: Tensor, shares: Tensor) -> Tensor:
         weight = 0.1 * truth[:, 0] + (1 - truth[:, 0])
         total = total + (weight * per_pixel).sum() / weight.sum()
     return total
+
+
+def _exemplar_loss(logits: Tensor, kinds: Tensor) -> Tensor:
+    """Cross-entropy of (M, K) logits of colour and shape against (M, 2) true ones; M may be 0."""
+    asked = zip(logits.float().split(KINDS, 1), kinds.unbind(1), strict=True)
+    total = torch.stack([F.cross_entropy(part, truth, reduction="sum") for part, truth in asked]).sum()
+    return total / max(len(kinds), 1)
 
 
 def _match_loss(logits: Tensor, batch: Batch) -> Tensor:

@@ -111,23 +111,45 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class ScenePrompt:
-    """A text and the objects of its scene that it names.
+class Exemplar:
+    """A box drawn into a scene: "like this", or "not like this".
 
     Attributes:
-        text: For instance "red circle", "the red circles", "Red", "RING".
-        matches: Ascending indices into `Scene.objects`; empty when the scene has no such object.
+        box_xyxy_px: Roughly around what it shows, inside the image.
+        is_positive: Whether what is wanted is like it.
+        shows: Index into `Scene.objects`; None: a piece of backdrop.
     """
 
-    text: str
+    box_xyxy_px: tuple[float, float, float, float]
+    is_positive: bool
+    shows: int | None
+
+
+@dataclass(frozen=True)
+class ScenePrompt:
+    """A question, and the objects of its scene that answer it.
+
+    Attributes:
+        text: For instance "red circle", "the red circles", "Red", "RING". None: the exemplars say it all.
+        matches: Ascending indices into `Scene.objects`; empty when the scene has no such object.
+        exemplars: Boxes that are part of the question.
+        forbidden: The objects that are like a negative exemplar; none of them is in `matches`.
+    """
+
+    text: str | None
     matches: tuple[int, ...]
+    exemplars: tuple[Exemplar, ...] = ()
+    forbidden: tuple[int, ...] = ()
 
 
 # --- scene ---------------------------------------------------------------------------------------------------------
 
 
 def draw_scene(
-    rng: np.random.Generator, area_side_px: tuple[int, int] = (192, 320), min_objects: int = 1
+    rng: np.random.Generator,
+    area_side_px: tuple[int, int] = (192, 320),
+    min_objects: int = 1,
+    share_repeated: float | None = None,
 ) -> Scene:
     """Draw one scene.
 
@@ -136,12 +158,14 @@ def draw_scene(
         area_side_px: Range of sqrt(H·W), drawn uniformly. The aspect ratio lies within 1:2 and 2:1, for one scene
             in ten within 1:3 and 3:1.
         min_objects: Try to place this many at least; it may be fewer, since they must fit.
+        share_repeated: Of the objects, those that repeat another's colour and shape, in [0, 1); more come out alike
+            by chance. None: few in most scenes, many in some.
     Returns:
         A scene with at least one object. The masks are those of the sharp geometry: blur, noise and JPEG come after.
     """
     height, width = _draw_size_hw(rng, area_side_px)
     backdrop, colours = _draw_backdrop(rng, height, width)
-    kinds = _draw_kinds(rng, colours, int(rng.integers(min_objects, MAX_OBJECTS + 1)))
+    kinds = _draw_kinds(rng, colours, int(rng.integers(min_objects, MAX_OBJECTS + 1)), share_repeated)
     canvas = _Canvas(backdrop)
     for colour, shape in kinds:
         canvas.place(rng, colour, shape, _draw_diameter_px(rng, math.sqrt(height * width), len(kinds)))
@@ -156,19 +180,22 @@ def _draw_size_hw(rng: np.random.Generator, area_side_px: tuple[int, int]) -> tu
     return max(1, round(side / stretch)), max(1, round(side * stretch))
 
 
-def _draw_kinds(rng: np.random.Generator, colours: list[str], count: int) -> list[tuple[str, str]]:
+def _draw_kinds(
+    rng: np.random.Generator, colours: list[str], count: int, share_repeated: float | None
+) -> list[tuple[str, str]]:
     """Choose (colour, shape) of every object from a small palette, so that kinds repeat and nearly repeat."""
     # Two or three of each are best for near misses: red circle, blue square, but no blue circle.
-    some_colours = rng.permutation(colours)[: _pick(rng, (1, 2, 2, 3, 3, 4))].tolist()
-    some_shapes = rng.permutation(SHAPES)[: _pick(rng, (1, 2, 2, 3, 3, 4))].tolist()
-    # A quarter of the scenes repeat whole kinds often: several red circles next to something else.
-    share_repeated = 0.7 if rng.random() < 1 / 4 else 0.1
+    some_colours = rng.permutation(colours)[: pick(rng, (1, 2, 2, 3, 3, 4))].tolist()
+    some_shapes = rng.permutation(SHAPES)[: pick(rng, (1, 2, 2, 3, 3, 4))].tolist()
+    if share_repeated is None:
+        # A quarter of the scenes repeat whole kinds often: several red circles next to something else.
+        share_repeated = 0.7 if rng.random() < 1 / 4 else 0.1
     kinds: list[tuple[str, str]] = []
     for _ in range(count):
         if kinds and rng.random() < share_repeated:
             kinds.append(kinds[rng.integers(len(kinds))])
         else:
-            kinds.append((_pick(rng, some_colours), _pick(rng, some_shapes)))
+            kinds.append((pick(rng, some_colours), pick(rng, some_shapes)))
     return kinds
 
 
@@ -181,12 +208,13 @@ def _draw_diameter_px(rng: np.random.Generator, side_px: float, object_count: in
     return max(MIN_DIAMETER_PX, share * side_px)
 
 
-def _pick(rng: np.random.Generator, items: Sequence[T]) -> T:
+def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
+    """One of `items`."""
     # rng.choice costs 20 µs a call, ten times this.
     return items[int(rng.integers(len(items)))]
 
 
-def _pick_weighted(rng: np.random.Generator, options: Sequence[tuple[T, float]]) -> T:
+def pick_weighted(rng: np.random.Generator, options: Sequence[tuple[T, float]]) -> T:
     """One of (option, weight), drawn in proportion to its weight."""
     point = rng.random() * sum(weight for _, weight in options)
     for option, weight in options:
@@ -392,7 +420,7 @@ def _tight_box(mask: BoolArray) -> tuple[float, float, float, float]:
 
 def _draw_backdrop(rng: np.random.Generator, height: int, width: int) -> tuple[ByteArray, list[str]]:
     """Draw the image (H, W, 3) behind the objects, and name the colours that stand out from all of it."""
-    weave = _pick(rng, (None, None, *_WEAVES))
+    weave = pick(rng, (None, None, *_WEAVES))
     ramp, colours = _draw_ramp(rng, is_plain=weave is None)
     if weave is None:
         return np.broadcast_to(ramp[0], (height, width, 3)).copy(), colours
@@ -600,8 +628,8 @@ def render_prompt(rng: np.random.Generator, colour: str | None, shape: str | Non
     """
     phrases = _phrases(colour, shape)
     # The first phrase is the plain one: "red circle".
-    phrase = phrases[0] if rng.random() < 0.45 else _pick(rng, phrases)
-    return _pick_weighted(rng, PROMPT_CASES)(phrase)
+    phrase = phrases[0] if rng.random() < 0.45 else pick(rng, phrases)
+    return pick_weighted(rng, PROMPT_CASES)(phrase)
 
 
 def all_prompt_texts() -> tuple[str, ...]:
@@ -633,7 +661,7 @@ def _plural(noun: str) -> str:
 
 
 def _draw_present(rng: np.random.Generator, scene: Scene) -> tuple[str | None, str | None]:
-    item = _pick(rng, scene.objects)
+    item = pick(rng, scene.objects)
     point = rng.random()
     if point < 0.2:
         return item.colour, None
@@ -656,4 +684,4 @@ def _draw_absent(rng: np.random.Generator, scene: Scene) -> tuple[str | None, st
         ([(c, s) for c in other_colours for s in other_shapes], 0.05),
     )
     groups = [(group, weight) for group, weight in weighted if group]
-    return _pick(rng, _pick_weighted(rng, groups))
+    return pick(rng, pick_weighted(rng, groups))

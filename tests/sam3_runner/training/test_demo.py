@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 
 from sam3_runner.segmenter import Segmenter
 from sam3_runner.training.architecture import HIDDEN, build_demo_model
-from sam3_runner.training.data import Collate, SceneDataset, draw_any_prompt, paint_kinds
+from sam3_runner.training.data import Collate, Exemplars, SceneDataset, draw_any_prompt, paint_kinds
 from sam3_runner.training.demo import (
     WARM_UP_STEPS,
     build_optimisers,
@@ -22,23 +23,27 @@ from sam3_runner.training.demo import (
     parse_options,
     train,
 )
-from sam3_runner.training.evaluate import Question, Tally, count_hits, iou
+from sam3_runner.training.evaluate import Question, Tally, count_hits, exemplar_report, iou
+from sam3_runner.training.exemplars import QUESTIONS
 from sam3_runner.training.guides import Guides
 from sam3_runner.training.losses import Target
-from sam3_runner.training.scenes import draw_scene
+from sam3_runner.training.scenes import COLOURS, SHAPES, Exemplar, Scene, SceneObject, ScenePrompt, draw_scene
 from sam3_runner.types import RunLengthMask, Segmentation
 
+PHASES = ("--image-steps", "--steps", "--box-steps", "--exemplar-steps")
 
-def arguments(folder: Path, steps: int) -> list[str]:
-    """Train up to `steps` in `folder`, two images and two prompts at a time."""
+
+def arguments(folder: Path, *steps: int) -> list[str]:
+    """Train each of the phases up to its number of `steps`, in `folder`, two images and two prompts at a time."""
     fixed = ["--images", "2", "--prompts", "2", "--device", "cpu", "--save-every", "1"]
     paths = ["--out", str(folder / "out"), "--state", str(folder / "state.pt")]
-    return [*fixed, *paths, "--steps", str(steps), "--image-steps", str(steps)]
+    counts = [f"{phase}={count}" for phase, count in zip(PHASES, steps, strict=True)]
+    return [*fixed, *paths, *counts]
 
 
-def run(folder: Path, steps: int) -> Path:
+def run(folder: Path, *steps: int) -> Path:
     """Train, and return the weights' file."""
-    train(parse_options(arguments(folder, steps)))
+    train(parse_options(arguments(folder, *steps)))
     return folder / "out" / "model.safetensors"
 
 
@@ -46,17 +51,23 @@ def test_training_resumes_where_it_stopped(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(
         "sam3_runner.training.demo.DECAY_SHARE", 1e-9
     )  # the rate must not depend on --steps here
-    at_once = load_file(run(tmp_path / "at once", 4))
-    run(tmp_path / "in parts", 2)
-    in_parts = load_file(run(tmp_path / "in parts", 4))
+    at_once = load_file(run(tmp_path / "at once", 2, 2, 2, 2))
+    run(tmp_path / "in parts", 2, 1, 0, 0)
+    run(tmp_path / "in parts", 2, 2, 2, 1)
+    in_parts = load_file(run(tmp_path / "in parts", 2, 2, 2, 2))
     for name, tensor in at_once.items():
         torch.testing.assert_close(in_parts[name], tensor, rtol=0, atol=1e-3, msg=name)
     assert Segmenter.from_checkpoint(tmp_path / "in parts" / "out").info.model_version == "out"
 
 
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
-    alone = load_file(run(tmp_path / "alone", 1))
-    command = [sys.executable, "-m", "sam3_runner.training.demo", *arguments(tmp_path / "together", 1)]
+    alone = load_file(run(tmp_path / "alone", 1, 1, 0, 0))
+    command = [
+        sys.executable,
+        "-m",
+        "sam3_runner.training.demo",
+        *arguments(tmp_path / "together", 1, 1, 0, 0),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, "--processes", "2"], check=True, env=environment)
     together = load_file(tmp_path / "together" / "out" / "model.safetensors")
@@ -127,7 +138,9 @@ def test_some_prompts_name_what_scenes_never_show() -> None:
     rng = np.random.default_rng(0)
     scene = draw_scene(rng)
     unknown = [
-        p for p in (draw_any_prompt(rng, scene) for _ in range(400)) if "cat" in p.text or "pink" in p.text
+        p
+        for p in (draw_any_prompt(rng, scene) for _ in range(400))
+        if "cat" in f"{p.text}" or "pink" in f"{p.text}"
     ]
     assert unknown
     assert all(prompt.matches == () for prompt in unknown)
@@ -144,13 +157,19 @@ def as_answer(*masks: np.ndarray) -> Segmentation:
 def test_the_tally_counts_hits_misses_and_false_alarms() -> None:
     left, right = np.zeros((4, 4), bool), np.zeros((4, 4), bool)
     left[:, :2], right[:, 2:] = True, True
+    objects = [SceneObject("red", "circle", mask, (0, 0, 1, 1)) for mask in (left, right)]
+    scene = Scene(np.zeros((4, 4, 3), np.uint8), tuple(objects))
     tally = Tally()
-    tally.add(as_answer(left), [left, right])  # one found, one missed
-    tally.add(as_answer(right), [])  # a false alarm
-    tally.add(as_answer(), [])
+    tally.add(as_answer(left), scene, ScenePrompt("red", (0, 1)))  # one found, one missed
+    tally.add(as_answer(right), scene, ScenePrompt("blue", ()))  # a false alarm
+    tally.add(as_answer(), scene, ScenePrompt("blue", ()))
     assert tally.mean_iou == 0.5
     assert tally.f1 == pytest.approx(2 * 1 / (2 + 2))
     assert tally.absent_share == 0.5
+    assert tally.forbidden_share == 0
+    tally.add(as_answer(left), scene, ScenePrompt("red", (1,), forbidden=(0,)))
+    tally.add(as_answer(right), scene, ScenePrompt("red", (1,), forbidden=(0,)))
+    assert tally.forbidden_share == 0.5
 
 
 def test_one_true_instance_is_hit_only_once() -> None:
@@ -162,5 +181,62 @@ def test_one_true_instance_is_hit_only_once() -> None:
 def test_questions_ask_for_something_present_and_something_absent() -> None:
     for index in range(20):
         question = Question.draw(1, index)
-        assert question.matches
-        assert question.texts[0] != question.texts[1]
+        present, absent = question.prompts
+        assert present.matches
+        assert not absent.matches
+        assert question.texts == (present.text, absent.text)
+
+
+@pytest.mark.parametrize("kind", QUESTIONS)
+def test_a_question_by_exemplars_depends_on_seed_and_number_alone(kind: str) -> None:
+    first, second = (Question.draw_by_exemplars(kind, 1, 4) for _ in range(2))
+    assert first.prompts == second.prompts
+    item, (prompt,) = first.item(32), first.prompts
+    assert item.prompts[0].text == prompt.text
+    assert [box.xyxy for box in item.prompts[0].boxes] == [e.box_xyxy_px for e in prompt.exemplars]
+    assert [box.is_positive for box in item.prompts[0].boxes] == [e.is_positive for e in prompt.exemplars]
+
+
+def test_the_reports_have_a_row_for_each_kind_of_question() -> None:
+    asked, answered = Tally([0.9, 0.8], hits=2, found=3, there=2, forbidden=4, forbidden_found=1), Tally()
+    answered.absent, answered.absent_answered = 8, 2
+    lines = exemplar_report(
+        {"like this, not like that": asked, "a box around nothing": answered}
+    ).splitlines()
+    assert "| like this, not like that | 0.850 | 0.800 | – | 25.0% of 4 |" in lines
+    assert "| a box around nothing | – | – | 25.0% of 8 | – |" in lines
+
+
+def test_exemplars_of_a_batch_lie_in_order_and_without_needless_padding() -> None:
+    scene = draw_scene(np.random.default_rng(3), min_objects=6)
+    boxes = [Exemplar(item.box_xyxy_px, True, index) for index, item in enumerate(scene.objects)]
+    red = scene.objects[0]
+    prompts = [
+        ScenePrompt("red", (0,)),
+        ScenePrompt(None, (0,), (boxes[0], replace(boxes[1], is_positive=False))),
+        ScenePrompt(None, (), (Exemplar((1.0, 2.0, 5.0, 10.0), True, None),)),
+    ]
+    one = Exemplars.gather(scene, prompts)
+    both = Exemplars.join([one, Exemplars.gather(scene, prompts[:1])])
+    assert both.is_box.tolist() == [[False, False], [True, True], [True, False], [False, False]]
+    assert both.is_positive.tolist() == [[False, False], [True, False], [True, False], [False, False]]
+    own = [[None, *COLOURS].index(red.colour), [None, *SHAPES].index(red.shape)]
+    assert both.kinds[1, 0].tolist() == both.shared[1].tolist() == own
+    assert both.kinds[2, 0].tolist() == both.shared[0].tolist() == [0, 0]
+    height, width = scene.image.shape[:2]
+    expected = torch.tensor([3 / width, 6 / height, 4 / width, 8 / height])
+    torch.testing.assert_close(both.boxes_cxcywh[2, 0], expected)
+
+
+def test_at_rest_the_encoders_do_not_change(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    before = build_demo_model(demo_tokenizer()).half().state_dict()
+    after = load_file(run(tmp_path, 0, 0, 1, 1))
+    moved = {name.split(".")[0] for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert moved == {
+        "geometry_encoder",
+        "detr_encoder",
+        "detr_decoder",
+        "mask_decoder",
+        "dot_product_scoring",
+    }

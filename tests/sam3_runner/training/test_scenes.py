@@ -108,7 +108,7 @@ def test_prompts_match_exactly_what_their_text_says(scenes: list[Scene]) -> None
     rng = np.random.default_rng(1)
     for scene, _ in itertools.product(scenes, range(5)):
         prompt = draw_prompt(rng, scene)
-        words = prompt.text.lower().split()
+        words = f"{prompt.text}".lower().split()
         named = [colour for colour in COLOURS if colour in words]
         shaped = [shape for shape in SHAPES if {shape, f"{shape}s", f"{shape}es"} & set(words)]
         expected = match_prompt(next(iter(named), None), next(iter(shaped), None), scene)
