@@ -110,7 +110,9 @@ def test_it_serves_where_nothing_but_temporary_files_and_data_can_be_written(hos
 
 def test_the_image_s_build_ends_without_a_compiler() -> None:
     """What can be held without building it: nothing asks for one, and the script that runs last takes them out."""
-    assert "system_packages" not in (ROOT / "bentofile.yaml").read_text()
+    assert re.findall(r"system_packages:\n *- (\S+)", (ROOT / "bentofile.yaml").read_text()) == [
+        "fonts-noto-cjk"
+    ]
     script = (ROOT / "scripts" / "container.sh").read_text()
     assert script.index("\ncompile_triton_module\nmake_store\n") < script.index("apt-get purge")
     purged = re.findall(r"apt-get purge -y --auto-remove (.*)", script)[0].split()
@@ -122,7 +124,8 @@ def test_the_script_runs_after_the_packages_are_installed(bento: Path) -> None:
     dockerfile = (bento / "env/docker/Dockerfile").read_text()
     assert dockerfile.index("uv --directory") < dockerfile.index("env/docker/script__")
     installed = re.findall(r"apt-get install .*", dockerfile)
-    (line,) = installed
+    line, own = installed
+    assert own.split()[-1] == "fonts-noto-cjk"
     assert line.split("--allow-remove-essential ")[1].split() == [
         "ca-certificates",
         "gnupg2",

@@ -76,7 +76,8 @@ def test_the_closer_look_comes_with_an_overlay(curl: str, bento_client: httpx.Cl
         ["sh", "-e"], input=script, cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
     assert result.returncode == 0, result.stderr
-    assert Image.open(tmp_path / "overlay.jpg").size == (800, 600)
+    with Image.open(tmp_path / "overlay.jpg") as overlay:
+        assert overlay.size == (800, 600)
     answer = json.loads(result.stdout)
     assert len(answer["instances"]) == 3 and set(answer["outputs"]) == {"mask", "overlay", "coco"}
 
@@ -102,7 +103,8 @@ def test_the_command_that_makes_an_overlay_does(tmp_path: Path) -> None:
     )
     assert shown.returncode == 0, shown.stderr
     assert "red circle" in shown.stdout
-    assert Image.open(tmp_path / "overlay.png").size == (800, 600)
+    with Image.open(tmp_path / "overlay.png") as overlay:
+        assert overlay.size == (800, 600)
 
 
 def test_the_answer_that_the_readme_shows_has_the_fields_of_a_real_one(bento_client: httpx.Client) -> None:
