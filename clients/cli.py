@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
 import hashlib
 import json
 import os
@@ -48,6 +49,8 @@ TASKS = uuid.UUID("6b1f9a52-3a0e-5c1e-9d55-0b9a4c3f7e21")
 _ENDS_THE_RUN = frozenset(
     {"UNAUTHORIZED", "VALIDATION_FAILED", "INVALID_PROMPT", "TOO_MANY_PROMPTS", "TASK_NOT_FOUND"}
 )
+# Not this image's fault but the folder's: no other image's results could be written either.
+_NOTHING_CAN_BE_WRITTEN = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 _HINTS = {
     "TASK_NOT_FOUND": ". This service keeps its tasks in Supabase, where only the Edge inserts rows: take another",
@@ -82,8 +85,14 @@ class Options:
     give_up_after_s: float
 
     def job(self, model: ModelInfo) -> str:
-        """Names what is asked of every image, and of which model; other answers are answers to something else."""
-        asked = [self.prompts, self.score_threshold, model["model_version"], model["parameters"]]
+        """Names what is asked of every image, and of which model; other answers are answers to something else.
+
+        The service says nothing of the weights themselves: a checkpoint that is trained further and keeps its file's
+        name counts as the same model, here and in the service's own record of tasks. Give it a name of its own.
+        """
+        weights = [model["model_name"], model["model_version"], model["parameters"]]
+        use = [model["dtype"], model["input_size_px"], model["max_text_tokens"]]
+        asked = [self.prompts, self.score_threshold, *weights, *use]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
 
 
@@ -128,7 +137,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error.message} ({error.code}){_HINTS.get(error.code, '')}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: {error.filename or options.results}: {error.strerror or error}", file=sys.stderr)
+        hint = "; once that is mended, run the same command again, and it goes on from there"
+        print(
+            f"error: {error.filename or options.results}: {error.strerror or error}"
+            f"{hint if error.errno in _NOTHING_CAN_BE_WRITTEN else ''}",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("stopped; run the same command again, and it goes on from there", file=sys.stderr)
@@ -194,9 +208,16 @@ def _within(low: float, high: float, number: Callable[[str], T]) -> Callable[[st
 
 
 def _read_key(options: Options) -> str | None:
-    """The API key; of several, as the service may have them while they are changed, the first."""
+    """The API key; of several, as the service may have them while they are changed, the first.
+
+    Raises:
+        InputError: the file is not text.
+    """
     if options.key_file is not None:
-        told = options.key_file.read_text(encoding="utf-8")
+        try:
+            told = options.key_file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{options.key_file} is not text: expected the API key in UTF-8") from error
     else:
         told = next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), "")
     return told.split(",")[0].strip() or None
@@ -277,16 +298,22 @@ class _Run:
         write_failures(options.results / "failed.csv", outcome.failures)
 
     def _is_done(self, image: ImageFile) -> bool:
-        """Whether an earlier run has finished it; masks that are missing are written from what it was told."""
+        """Whether an earlier run has finished it; masks that are missing are written from what it was told.
+
+        Raises:
+            OSError: nothing can be written.
+        """
         try:
             answer = self._state.answer_for(image.name, image.path)
-        except OSError:
+            if answer is None:
+                return False
+            paths = self._mask_paths(image)
+            if not all(path.is_file() for path in paths.values()):
+                write_masks(paths, answer)
+        except OSError as error:
+            if error.errno in _NOTHING_CAN_BE_WRITTEN:
+                raise
             return False  # said once it is this image's turn
-        if answer is None:
-            return False
-        paths = self._mask_paths(image)
-        if not all(path.is_file() for path in paths.values()):
-            write_masks(paths, answer)
         self.outcome.answers[image.name] = answer
         return True
 
@@ -301,7 +328,12 @@ class _Run:
             progress.update()
 
     async def _finish(self, image: ImageFile) -> None:
-        """Upload one image, ask for it, write its masks, and record that it is done."""
+        """Upload one image, ask for it, write its masks, and record that it is done.
+
+        Raises:
+            S3ClientError: this image failed.
+            OSError: nothing can be written.
+        """
         try:
             stamp, data = await asyncio.to_thread(Stamp.read, image.path)
         except OSError as error:
@@ -310,7 +342,12 @@ class _Run:
         key = f"uploads/cli/{stamp.sha256}{suffix if suffix in IMAGE_SUFFIXES else ''}"
         await self._uploads.put(key, data)
         answer = await self._ask(key, str(uuid.uuid5(TASKS, f"{self._job} {key}")))
-        await asyncio.to_thread(write_masks, self._mask_paths(image), answer)
+        try:
+            await asyncio.to_thread(write_masks, self._mask_paths(image), answer)
+        except OSError as error:
+            if error.errno in _NOTHING_CAN_BE_WRITTEN:
+                raise
+            raise S3ClientError("UNWRITABLE_MASK", error.strerror or str(error), may_pass=False) from error
         self._state.add(image.name, stamp, answer)
         self.outcome.answers[image.name] = answer
 

@@ -16,7 +16,7 @@ _MAGIC = frozenset("*?[")
 
 
 class InputError(Exception):
-    """The command line names nothing, or two things by one name."""
+    """The command line names nothing, or two things by one name, or what has no name below a folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,8 @@ class ImageFile:
 
     Attributes:
         path: Where it is.
-        name: In the results: its path below the folder or the pattern's fixed part that named it, with slashes.
+        name: In the results: its path below the folder or the pattern's fixed part that named it, with slashes and
+            never with `..`, so that what is named after it lies below the results.
     """
 
     path: Path
@@ -40,7 +41,7 @@ def find_images(arguments: Sequence[str], masks: Path) -> list[ImageFile]:
             `photos/**/*.jpg` only images are, and nothing that is hidden.
         masks: A folder that is left out, so that results are not segmented in their turn.
     Raises:
-        InputError: an argument names no image, or two files would have one name.
+        InputError: an argument names no image, or goes up again behind a wildcard, or two files would have one name.
     """
     found: dict[str, ImageFile] = {}
     for argument in arguments:
@@ -65,6 +66,10 @@ def _named_by(argument: str, masks: Path) -> Iterator[ImageFile]:
         yield ImageFile(path, path.name)
     elif _MAGIC & set(argument):
         root = Path(*_fixed_parts(path))
+        if ".." in path.relative_to(root).parts:
+            raise InputError(
+                f"{argument} goes up again behind a wildcard: name the folder that its images are in"
+            )
         yield from _images_below(root, map(Path, glob.iglob(argument, recursive=True)), masks)
 
 

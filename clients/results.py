@@ -6,6 +6,7 @@ Every file is written whole or not at all: under another name first.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -19,7 +20,10 @@ from clients.state import Answer, Found
 from sam3_runner.masks import encode_png
 from sam3_runner.rle import from_coco, union_rle
 
-_SLUG_CHARACTERS = 60
+_PARTIAL = ".partial-"
+_MAX_NAME_BYTES = 255 - len(_PARTIAL)  # what file systems allow, and is needed while a file is written
+_MAX_SLUG_BYTES = 60
+_HASH_DIGITS = 8
 _CSV_COLUMNS = (
     "image",
     "prompt",
@@ -36,14 +40,17 @@ _CSV_COLUMNS = (
 
 
 def mask_paths(masks: Path, name: str, prompts: Sequence[str]) -> dict[str, Path]:
-    """Where each prompt's mask of an image goes: `masks/photos/a.jpg.red-circle.png`."""
+    """Where each prompt's mask of an image goes: `masks/photos/a.jpg.red-circle.png`.
+
+    What is too long for the name of a file is cut, and ends in a hash of the whole.
+    """
     paths: dict[str, Path] = {}
     for prompt in prompts:
-        slug = re.sub(r"\W+", "-", prompt).strip("-")[:_SLUG_CHARACTERS] or "prompt"
-        path, number = masks / f"{name}.{slug}.png", 1
+        slug = _cut(re.sub(r"\W+", "-", prompt).strip("-") or "prompt", _MAX_SLUG_BYTES)
+        path, number = _mask_path(masks / name, slug), 1
         while path in paths.values():
             number += 1
-            path = masks / f"{name}.{slug}-{number}.png"
+            path = _mask_path(masks / name, f"{slug}-{number}")
         paths[prompt] = path
     return paths
 
@@ -128,9 +135,23 @@ def write_failures(path: Path, failures: Mapping[str, S3ClientError]) -> None:
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that nobody ever sees half of it; its folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
+    partial = path.with_name(f"{_PARTIAL}{path.name}")
     partial.write_bytes(data)
     os.replace(partial, path)
+
+
+def _mask_path(image: Path, slug: str) -> Path:
+    ending = f".{slug}.png"
+    return image.with_name(_cut(image.name, _MAX_NAME_BYTES - len(ending.encode())) + ending)
+
+
+def _cut(text: str, max_bytes: int) -> str:
+    """A text of at most so many bytes; a longer one ends in a hash, so that it is not another one's beginning."""
+    data = text.encode(errors="surrogateescape")  # names of files may be any bytes
+    if len(data) <= max_bytes:
+        return text
+    ending = f"-{hashlib.sha256(data).hexdigest()[:_HASH_DIGITS]}"
+    return data[: max_bytes - len(ending)].decode(errors="ignore") + ending
 
 
 def _instances(answer: Answer) -> Iterable[tuple[Found, Instance]]:

@@ -72,3 +72,16 @@ def test_two_files_of_one_name_are_refused(folder: Path) -> None:
 def test_naming_nothing_is_an_error(folder: Path, argument: str) -> None:
     with pytest.raises(InputError, match="names no image"):
         names(argument)
+
+
+@pytest.mark.parametrize("argument", ["photos/*/../../other/*.png", "photos/*/../*.png", "*/../other/a.png"])
+def test_a_pattern_that_goes_up_again_would_have_results_elsewhere_and_is_refused(
+    folder: Path, argument: str
+) -> None:
+    with pytest.raises(InputError, match="goes up again behind a wildcard"):
+        names(argument)
+
+
+def test_a_pattern_may_begin_further_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder / "photos")
+    assert names("../other/*.png", "../photos/deep/*/*") == ["a.png", "down/c.heic"]

@@ -236,6 +236,33 @@ def test_the_sweep_knows_what_is_lost_and_what_is_hopeless(
     assert phone.look(working)["status"] == "processing"
 
 
+@pytest.mark.parametrize(
+    ("status", "goes_on"),
+    [
+        pytest.param(500, True, id="a task that fails by itself"),
+        pytest.param(401, False, id="a wrong key"),
+        pytest.param(503, False, id="a service that is away"),
+    ],
+)
+def test_the_sweep_goes_on_behind_a_task_unless_all_others_would_meet_the_same(
+    world: World, phone: Phone, picture: Picture, status: int, goes_on: bool
+) -> None:
+    first = phone.send(picture.file, "red circle").json()["task_id"]
+    world.wait_done(phone, first)
+    image_url = str(world.row(first)["source_image_url"])
+    older, old = new_id(), new_id()
+    world.insert(older, image_url, age=2 * LOST)
+    world.insert(old, image_url, age=LOST)
+    with world.way.trouble(error_share=1.0, error_status=status):
+        world.worker.sweep()
+    log = world.worker.log()
+    assert older in log
+    assert (old in log) == goes_on
+    world.worker.sweep()
+    for task_id in (older, old):
+        assert world.wait_done(phone, task_id)["status"] == "done"
+
+
 def test_an_overloaded_service_is_left_alone_for_as_long_as_it_asks(
     world: World, phone: Phone, picture: Picture
 ) -> None:

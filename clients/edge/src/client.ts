@@ -36,7 +36,7 @@ export type PredictBatch = IdIsOptional<BatchRequest>;
 export type Accepted = AcceptedResponse & { readonly location: string };
 
 export interface ClientOptions {
-  /** Of the service, such as `https://gpu.example.com`. */
+  /** Of the service, such as `https://gpu.example.com`; a path in it is kept. */
   readonly baseUrl: string;
   readonly apiKey?: string;
   /** Of one attempt: 70 s for `predict` and `predictBatch`, and 10 s for the rest, if not given. */
@@ -101,9 +101,9 @@ export class SegmentClient {
   /**
    * Asks for a task with growing pauses until it has ended.
    *
-   * @param timeoutMs For all of it; 11 minutes if not given, which is longer than the service tries.
+   * @param timeoutMs For all of it, repeats included; 11 minutes if not given, which is longer than the service tries.
    * @throws TaskFailed It ended as `error`.
-   * @throws TimedOut It has not ended yet.
+   * @throws TimedOut It has not ended yet. If the service did not say, its last failure is thrown instead.
    */
   async waitFor(
     taskId: string,
@@ -112,7 +112,8 @@ export class SegmentClient {
     const { timeoutMs = WAIT_MS } = options;
     const endsAt = Date.now() + timeoutMs;
     for (let longest = FIRST_POLL_MS; ; longest = Math.min(longest * POLL_GROWTH, MAX_POLL_MS)) {
-      const { status, result, error } = await this.task(taskId, options);
+      const leftMs = Math.max(0, endsAt - Date.now());
+      const { status, result, error } = await this.#get<TaskResponse>(taskPath(taskId), options, leftMs);
       if (status === "done" && result) return result;
       if (error) throw new TaskFailed(taskId, error.code, error.message);
       const pause = longest * (0.5 + Math.random() / 2);
@@ -136,8 +137,8 @@ export class SegmentClient {
     return this.#get<HealthResponse>("/health", options);
   }
 
-  async #get<T>(path: string, options: CallOptions): Promise<T> {
-    const { body } = await this.#send<T>({ method: "GET", path, timeoutMs: TIMEOUT_MS }, options);
+  async #get<T>(path: string, options: CallOptions, leftMs = Number.POSITIVE_INFINITY): Promise<T> {
+    const { body } = await this.#send<T>({ method: "GET", path, timeoutMs: TIMEOUT_MS }, options, leftMs);
     return body;
   }
 
@@ -147,11 +148,13 @@ export class SegmentClient {
     return { method: "POST", path, body, timeoutMs };
   }
 
-  #send<T>(call: Call, options: CallOptions): Promise<Answer<T>> {
+  /** @param mostMs For all attempts, where the caller has less time than the policy gives. */
+  #send<T>(call: Call, options: CallOptions, mostMs = Number.POSITIVE_INFINITY): Promise<Answer<T>> {
     const timeoutMs = this.#options.timeoutMs ?? call.timeoutMs;
+    const policy = { ...this.#retry, giveUpAfterMs: Math.min(this.#retry.giveUpAfterMs, mostMs) };
     const attempt = (leftMs: number): Promise<Answer<T>> =>
       this.#attempt<T>(call, Math.min(timeoutMs, leftMs), options);
-    return retrying(attempt, this.#retry, options.signal);
+    return retrying(attempt, policy, options.signal);
   }
 
   async #attempt<T>(call: Call, timeoutMs: number, options: CallOptions): Promise<Answer<T>> {
@@ -159,7 +162,7 @@ export class SegmentClient {
     let response: Response;
     let text: string;
     try {
-      response = await fetch(new URL(call.path, this.#options.baseUrl), {
+      response = await fetch(new URL(`${this.#options.baseUrl.replace(/\/$/, "")}${call.path}`), {
         method: call.method,
         headers: this.#headers(call, options),
         ...(call.body === undefined ? {} : { body: call.body }),

@@ -191,7 +191,8 @@ function shown(row: Row): Record<string, unknown> {
  * Hands a task to the service. What it will never take becomes `error` in the row; what it did not take yet stays
  * `pending`, for the next sweep.
  *
- * @returns Whether the service can be reached at all.
+ * @returns Whether the service may take another task: what stopped this one is its own, and not the service's or the
+ *   key's.
  */
 async function deliver(env: Bindings, row: NewRow, requestId: string): Promise<boolean> {
   const client = new SegmentClient({
@@ -207,13 +208,17 @@ async function deliver(env: Bindings, row: NewRow, requestId: string): Promise<b
   } catch (error) {
     if (!(error instanceof ClientError)) throw error;
     log("warn", "not delivered", { requestId, taskId: task_id, cause: `${error.name}: ${error.message}` });
-    if (!(error instanceof ServiceError && FINAL.has(error.status))) return false;
+    if (!(error instanceof ServiceError)) return !error.mayPass;
+    if (!FINAL.has(error.status)) return !error.mayPass && error.status !== 401;
     await new Rows(env.SUPABASE_URL, { key: env.SUPABASE_SERVICE_KEY }).fail(task_id, error.code, error.message);
     return true;
   }
 }
 
-/** Sends again what waits for the service, one by one, until it does not take one; the next sweep goes on there. */
+/**
+ * Sends again what waits for the service, one by one, until it can take none; the next sweep goes on there. A task that
+ * fails by itself is passed over, so that it does not stand before all others every minute.
+ */
 async function sweep(env: Bindings): Promise<void> {
   const rows = new Rows(env.SUPABASE_URL, { key: env.SUPABASE_SERVICE_KEY });
   const ago = (ms: number): Date => new Date(Date.now() - ms);

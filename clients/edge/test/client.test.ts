@@ -77,6 +77,17 @@ describe("a call", () => {
     ]);
   });
 
+  for (const prefix of ["/prefix", "/prefix/"]) {
+    it(`keeps the path of the base URL: ${prefix}`, async () => {
+      await using server = await Scripted.start(ok);
+      const client = clientOf({ url: `${server.url}${prefix}` });
+      await client.predict(REQUEST);
+      await client.health();
+      const paths = server.seen.map(({ path }) => path);
+      assert.deepEqual(paths, ["/prefix/api/v1/predict", "/prefix/health"]);
+    });
+  }
+
   it("does not follow a redirect, which would take the key elsewhere", async () => {
     await using other = await Scripted.start(ok);
     await using server = await Scripted.start(text(307, "", { Location: `${other.url}/api/v1/predict` }));
@@ -303,6 +314,20 @@ describe("a task that is handed over", () => {
     await thrown(clientOf(server).waitFor("task-1", { timeoutMs: 500 }), TimedOut);
     assert.ok(server.seen.length >= 2);
   });
+
+  for (const [name, step, type] of [
+    ["is away", error(503, "MODEL_NOT_READY"), ServiceError],
+    ["is silent", silence, TimedOut],
+  ] as const) {
+    it(`is waited for no longer than wanted while the service ${name}`, async () => {
+      await using server = await Scripted.start(working, step);
+      const began = performance.now();
+      const caught = await thrown<ClientError>(clientOf(server).waitFor("task-1", { timeoutMs: 500 }), type);
+      assert.ok(caught.mayPass);
+      assert.ok(server.seen.length >= 2);
+      assert.ok(performance.now() - began < 2000);
+    });
+  }
 
   it("is no longer waited for when the caller has enough", async () => {
     await using server = await Scripted.start(working);
