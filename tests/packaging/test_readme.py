@@ -83,15 +83,16 @@ def test_the_closer_look_comes_with_an_overlay(curl: str, bento_client: httpx.Cl
 
 
 @pytest.mark.parametrize("client", ["S3Client", "SyncHTTPClient"])
-def test_the_examples_of_clients_get_an_answer(
-    client: str, bento_client: httpx.Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(ROOT)
+def test_the_examples_of_clients_get_an_answer(client: str, bento_client: httpx.Client) -> None:
     bento_client.put("/files/uploads/shapes.jpg", content=SHAPES_JPG.read_bytes())
     (example,) = (block for block in blocks("README.md", "python") if client in block)
-    with redirect_stdout(io.StringIO()) as printed:
-        exec(compile(example.replace(":8000", f":{bento_client.base_url.port}"), "README.md", "exec"), {})
-    assert re.search(r"0\.9\d", printed.getvalue())
+    example = example.replace(":8000", f":{bento_client.base_url.port}")
+    # By itself: BentoML's client leaves a folder to the interpreter's end.
+    ran = subprocess.run(
+        [sys.executable, "-c", example], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert re.search(r"0\.9\d", ran.stdout)
 
 
 def test_the_command_that_makes_an_overlay_does(tmp_path: Path) -> None:
