@@ -407,7 +407,7 @@ function showError(about, error, how) {
   errors.get(about)?.element.remove();
   errors.delete(about);
   if (error === null) return;
-  const card = errorCard(error, { isRepeatable: false, ...how });
+  const card = errorCard(api.asApiError(error), { isRepeatable: false, ...how });
   errors.set(about, card);
   byId("errors").append(card.element);
 }

@@ -6,6 +6,7 @@ const SMALLER = "Choose a smaller picture.";
 const OTHER_PICTURE = "Choose another picture, or save this one as JPEG or PNG first.";
 const ADVICE = {
   UNREACHABLE: "Is it still running, and is this machine connected? Nothing is lost: try again.",
+  BAD_ANSWER: "Is the address of this page the service's own, and nobody asked to sign in on the way? Then try again.",
   UNAUTHORIZED: "Enter the service's API_SECRET_KEY.",
   VALIDATION_FAILED: "The service reads this request differently; the details say which field.",
   INVALID_PROMPT: "Say it in a few plain words, such as “red circle”.",
