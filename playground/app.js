@@ -48,6 +48,7 @@ const state = {
   asked: 0,
 };
 let groups = [];
+let chosen = 0; // how many pictures were: one that is decoded after a later one was chosen is dropped
 const errors = new Map(); // "picture" or a prompt's id → card
 
 const stage = new Stage(byId("stage"), byId("frame"), byId("photo"), byId("overlay"));
@@ -56,7 +57,9 @@ const editor = new BoxEditor(byId("boxes"), { onAdd: addBox, onChange: changeBox
 // ------------------------------------------------------------------------------------------------------ the picture
 
 async function useFile(file, { isSample = false } = {}) {
+  const mine = ++chosen;
   const picture = await readPicture(file);
+  if (mine !== chosen) return picture?.close();
   if (!state.hasFiles) return showUnderneath(picture);
   startOver({ picture, fileName: file.name ?? "pasted.png", isSample });
   if (picture === null) {
@@ -67,29 +70,39 @@ async function useFile(file, { isSample = false } = {}) {
 
 function storePicture(file) {
   const ending = /\.[A-Za-z0-9]{1,5}$/.exec(state.fileName)?.[0].toLowerCase() ?? "";
+  let repeats = 0;
   const store = () => {
     showError("picture", null);
-    state.source = api.upload(file, `playground/${newUuid()}${ending}`);
-    state.source.catch((error) => showError("picture", error, { about: "The picture was not stored", onRetry: store }));
+    const mine = (state.source = api.upload(file, `playground/${newUuid()}${ending}`));
+    mine.catch((error) => {
+      if (state.source !== mine) return; // another picture is there
+      const how = { about: "The picture was not stored", onRetry: again, isRepeatable: repeats < MAX_REPEATS };
+      showError("picture", error, how);
+    });
     askAll();
+  };
+  const again = () => {
+    repeats++;
+    store();
   };
   store();
 }
 
 /** The service's own storage has the picture; this browser may read it there, or not. */
 async function useAddress(address) {
+  const mine = ++chosen;
   startOver({ picture: null, fileName: address.split("/").pop(), isSample: false });
   state.source = Promise.resolve(address);
   note(
     "The browser may not read this picture from the bucket, so masks are drawn without it. " +
       "Drop the same picture here to see it underneath; it is not sent anywhere.",
   );
-  const { source } = state;
   askAll();
   if (!/^https?:/.test(address)) return;
   const response = await fetch(address, { credentials: "omit" }).catch(() => null);
   const picture = response?.ok ? await readPicture(await response.blob()) : null;
-  if (picture !== null && state.source === source) showUnderneath(picture);
+  if (mine !== chosen) picture?.close();
+  else if (picture !== null) showUnderneath(picture);
 }
 
 function showUnderneath(picture) {
@@ -112,6 +125,7 @@ function startOver({ picture, fileName, isSample }) {
   Object.assign(state, { picture, fileName, isSample, size: null, source: null, last: null });
   state.prompts = state.prompts.filter((prompt) => prompt.text !== null);
   for (const prompt of state.prompts) forget(prompt);
+  showError("picture", null);
   if (!state.prompts.includes(state.current)) state.current = null;
   note(null);
   setSize(picture);

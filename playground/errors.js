@@ -17,11 +17,12 @@ const ADVICE = {
   UNDECODABLE_IMAGE: OTHER_PICTURE,
   IMAGE_NOT_FOUND: "Check the key, or choose the picture again.",
   FOREIGN_IMAGE_URL: "Give a key such as uploads/desk.jpg, or a URL of the bucket.",
-  OVERLOADED: "Others are being served; it will be tried again by itself.",
-  MODEL_NOT_READY: "The model is being loaded; it will be tried again by itself.",
-  SHUTTING_DOWN: "The service is about to restart; it will be tried again by itself.",
+  OVERLOADED: "Others are being served",
+  MODEL_NOT_READY: "The model is being loaded",
+  SHUTTING_DOWN: "The service is about to restart",
   TASK_NOT_FOUND: "This service works on rows that exist already: the page cannot make one. Use a service without Supabase.",
 };
+const PASSING = new Set(["OVERLOADED", "MODEL_NOT_READY", "SHUTTING_DOWN"]); // their advice goes on with what happens next
 const COUNTED_DOWN = new Set([429, 503]);
 const FINAL = new Set([413, 415, 422]); // the same again would fail the same
 
@@ -36,8 +37,9 @@ const FINAL = new Set([413, 415, 422]); // the same again would fail the same
  * @returns {{element: HTMLElement, stop: () => void}}
  */
 export function errorCard(error, { about, onRetry, isRepeatable }) {
-  const advice = ADVICE[error.code] ?? (error.status >= 500 ? AGAIN : null);
   const mayHelp = onRetry !== null && !FINAL.has(error.status);
+  const counts = mayHelp && isRepeatable && COUNTED_DOWN.has(error.status) && error.retryAfterS !== null;
+  const advice = adviceOn(error, counts);
   const countdown = make("span", { class: "countdown" });
   const card = make(
     "article",
@@ -56,8 +58,13 @@ export function errorCard(error, { about, onRetry, isRepeatable }) {
   if (!mayHelp) return { element: card, stop() {} };
   const again = make("button", { type: "button", on: { click: onRetry } }, "Try again");
   card.append(make("p", { class: "actions" }, again, countdown));
-  const counts = isRepeatable && COUNTED_DOWN.has(error.status) && error.retryAfterS !== null;
   return { element: card, stop: counts ? countDown(countdown, error.retryAfterS, onRetry) : () => {} };
+}
+
+function adviceOn({ code, status }, isRepeated) {
+  const advice = ADVICE[code] ?? (status >= 500 ? AGAIN : null);
+  if (!PASSING.has(code)) return advice;
+  return `${advice}; ${isRepeated ? "it will be tried again by itself." : "try again in a moment."}`;
 }
 
 function details(list) {
