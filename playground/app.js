@@ -542,7 +542,7 @@ function listenForPrompts() {
     if (event.key === "Enter" || event.key === ",") {
       event.preventDefault();
       add();
-    } else if (event.key === "Backspace" && field.value === "" && state.prompts.length) {
+    } else if (event.key === "Backspace" && !event.repeat && field.value === "" && state.prompts.length) {
       removePrompt(state.prompts.at(-1));
     }
   });
