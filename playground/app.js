@@ -198,6 +198,7 @@ function addBox(box) {
 
 function changeBox(box) {
   const prompt = state.prompts.find((each) => each.boxes.includes(box));
+  if (prompt === undefined) return; // taken away during the drag
   showBoxes();
   clearTimeout(prompt.pause);
   prompt.pause = setTimeout(() => ask(prompt), KEYBOARD_PAUSE_MS);
@@ -413,7 +414,7 @@ function showBoxes() {
       colour: cssOf(prompt.colour),
     })),
   );
-  if (state.size !== null) editor.show(state.size, boxes);
+  editor.show(state.size, boxes);
 }
 
 function showError(about, error, how) {
