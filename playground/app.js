@@ -91,7 +91,7 @@ function storePicture(file) {
 /** The service's own storage has the picture; this browser may read it there, or not. */
 async function useAddress(address) {
   const mine = ++chosen;
-  startOver({ picture: null, fileName: address.split("/").pop(), isSample: false });
+  startOver({ picture: null, fileName: lastNameOf(address), isSample: false });
   state.source = Promise.resolve(address);
   note(
     "The browser may not read this picture from the bucket, so masks are drawn without it. " +
@@ -103,6 +103,20 @@ async function useAddress(address) {
   const picture = response?.ok ? await readPicture(await response.blob()) : null;
   if (mine !== chosen) picture?.close();
   else if (picture !== null) showUnderneath(picture);
+}
+
+/** Without the query: a signature there is nobody's to keep. */
+function withoutQuery(address) {
+  return address.replace(/[?#].*$/s, "");
+}
+
+function lastNameOf(address) {
+  const path = withoutQuery(address);
+  try {
+    return (/^https?:/.test(path) ? decodeURIComponent(path) : path).split("/").pop();
+  } catch {
+    return path.split("/").pop(); // a % that is one
+  }
 }
 
 function showUnderneath(picture) {
@@ -468,11 +482,14 @@ async function showModel() {
 function askForKey(reason) {
   const dialog = byId("key-dialog");
   byId("key-reason").textContent = reason;
-  byId("key").value = "";
   dialog.returnValue = "";
   dialog.showModal();
   return new Promise((resolve) => {
-    dialog.addEventListener("close", () => resolve(dialog.returnValue === "given"), { once: true });
+    const closed = () => {
+      byId("key").value = "";
+      resolve(dialog.returnValue === "given");
+    };
+    dialog.addEventListener("close", closed, { once: true });
   });
 }
 
@@ -605,7 +622,10 @@ function listenForDownloads() {
     save(cocoDocument(state.fileName, state.size, found), ".coco.json");
   });
   byId("download-json").addEventListener("click", () => {
-    const told = groups.map(({ prompt }) => ({ request: { ...prompt.body, task_id: prompt.taskId }, answer: prompt.answer }));
+    const told = groups.map(({ prompt: { body, taskId, answer } }) => ({
+      request: { ...body, image_url: withoutQuery(body.image_url), task_id: taskId },
+      answer,
+    }));
     save({ file_name: state.fileName, score_threshold: state.threshold, calls: told }, ".json");
   });
 }
