@@ -5,7 +5,7 @@ import { byId, copyText, download, make, newUuid, replaceKeepingFocus } from "./
 import { errorCard } from "./errors.js";
 import { cocoDocument, drawPng } from "./exports.js";
 import { colourOf, cssOf } from "./palette.js";
-import { describe, filterGroups, modelLine, resultGroup, tick, timeBars } from "./panel.js";
+import { describe, describeShortly, filterGroups, modelLine, resultGroup, tick, timeBars } from "./panel.js";
 import { decodeEnds } from "./rle.js";
 import { snippet } from "./snippets.js";
 import { Stage } from "./stage.js";
@@ -51,13 +51,16 @@ let groups = [];
 let chosen = 0; // how many pictures were: one that is decoded after a later one was chosen is dropped
 const errors = new Map(); // "picture" or a prompt's id → card
 
+const narrow = matchMedia("(max-width: 900px)");
 const stage = new Stage(byId("stage"), byId("frame"), byId("photo"), byId("overlay"));
 const editor = new BoxEditor(byId("boxes"), { onAdd: addBox, onChange: changeBox, onRemove: removeBox });
 
 // ------------------------------------------------------------------------------------------------------ the picture
 
-async function useFile(file, { isSample = false } = {}) {
+/** @param {File|Promise<File>} given */
+async function useFile(given, { isSample = false } = {}) {
   const mine = ++chosen;
+  const file = await given;
   const picture = await readPicture(file);
   if (mine !== chosen) return picture?.close();
   if (!state.hasFiles) return showUnderneath(picture);
@@ -453,13 +456,25 @@ function light(instance, place = null) {
   const tip = byId("tip");
   tip.hidden = instance === null;
   if (instance === null) return;
-  tip.textContent = describe(instance, state.size);
-  const [x0, y0, x1] = instance.box;
-  const [x, y] = place ?? [(x0 + x1) / 2 / state.size.width, y0 / state.size.height];
+  const isNarrow = narrow.matches;
+  tip.textContent = isNarrow ? describeShortly(instance) : describe(instance, state.size);
+  const { x, y, isBelow } = isNarrow || place === null ? besideBox(instance.box, isNarrow) : byPointer(place);
   tip.style.left = `${100 * x}%`;
   tip.style.top = `${100 * y}%`;
   tip.style.setProperty("--shift", `${-100 * x}%`); // at the right edge it lies to the left
-  tip.classList.toggle("below", y < 0.15);
+  tip.classList.toggle("below", isBelow);
+}
+
+function byPointer([x, y]) {
+  return { x, y, isBelow: y < 0.15 };
+}
+
+/** Under the box or over it: the other way where there is no room. */
+function besideBox([x0, y0, x1, y1], isUnderFirst) {
+  const x = (x0 + x1) / 2 / state.size.width;
+  const [top, bottom] = [y0 / state.size.height, y1 / state.size.height];
+  const isBelow = isUnderFirst ? bottom < 0.87 : top < 0.15;
+  return { x, y: isBelow && isUnderFirst ? bottom : top, isBelow };
 }
 
 async function showModel() {
@@ -516,10 +531,11 @@ function listenForPictures() {
     if (file.files.length) useFile(file.files[0]);
     file.value = ""; // the same one may be chosen again
   });
-  byId("sample").addEventListener("click", async () => {
+  const readSample = async () => {
     const blob = await (await fetch("playground/sample.jpg")).blob();
-    useFile(new File([blob], "shapes.jpg", { type: blob.type }), { isSample: true });
-  });
+    return new File([blob], "shapes.jpg", { type: blob.type });
+  };
+  byId("sample").addEventListener("click", () => useFile(readSample(), { isSample: true }));
   byId("another").addEventListener("click", () => {
     byId("stage").dataset.state = "empty";
     byId("empty").hidden = false;

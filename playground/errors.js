@@ -45,7 +45,7 @@ export function errorCard(error, { about, onRetry, isRepeatable }) {
     "article",
     { class: "error", role: "alert", data: { code: error.code } },
     make("h3", {}, about),
-    make("p", { class: "error-message" }, error.message),
+    make("p", { class: "error-message" }, sentence(error.message)),
     details(error.details.filter(({ message }) => message !== error.message)),
     advice === null ? null : make("p", { class: "error-advice" }, advice),
     make(
@@ -73,13 +73,17 @@ function details(list) {
   return make("ul", { class: "error-details" }, ...rows);
 }
 
+function sentence(text) {
+  return /[.!?…]$/.test(text) ? text : `${text}.`;
+}
+
 function requestId(id) {
-  const copy = () => copyText(id);
-  return make(
-    "button",
-    { class: "request-id", type: "button", title: "Copy the request's id", "aria-label": `Copy request id ${id}`, on: { click: copy } },
-    id,
-  );
+  const copy = async () => {
+    await copyText(id);
+    button.textContent = "Copied";
+  };
+  const button = make("button", { type: "button", "aria-label": `Copy request id ${id}`, on: { click: copy } }, "Copy");
+  return make("span", { class: "request-id" }, make("code", {}, id), button);
 }
 
 function countDown(element, seconds, atZero) {
