@@ -53,22 +53,11 @@ export class InstanceMap {
       const { ends, sizeHw } = instances[index];
       paintMask(this._cells, width, height, ends, sizeHw, (index + 1) << DEPTH_BITS);
     }
-    this._scale = Math.min(MAX_LINE_SCALE, Math.max(1, density));
-    this.reach = (DARK_PX + WHITE_PX) * this._scale + 0.5;
+    const scale = Math.min(MAX_LINE_SCALE, Math.max(1, density));
+    const [dark, both] = [DARK_PX * scale, (DARK_PX + WHITE_PX) * scale];
+    this._reach = both + 0.5;
+    this.lines = Array.from({ length: DEPTHS - 1 }, (_, index) => linesAt(((index + 0.5) / (DEPTHS - 1)) * this._reach, dark, both));
     this._measure();
-  }
-
-  /**
-   * How much of a pixel at this depth the two lines cover.
-   *
-   * @param {number} depth from 1 on
-   * @returns {{dark: number, white: number}}
-   */
-  linesAt(depth) {
-    const distance = ((depth - 0.5) / (DEPTHS - 1)) * this.reach;
-    const beyond = (edge) => Math.min(1, Math.max(0, distance - edge + 0.5));
-    const pastDark = beyond(DARK_PX * this._scale);
-    return { dark: 1 - pastDark, white: pastDark - beyond((DARK_PX + WHITE_PX) * this._scale) };
   }
 
   /** The instance at a pixel that is drawn there above the threshold, or null. */
@@ -92,7 +81,7 @@ export class InstanceMap {
   /** Note in each cell how far inside its instance it is, as far as lines reach. */
   _measure() {
     const distances = this._distances();
-    const { _cells: cells, reach } = this;
+    const { _cells: cells, _reach: reach } = this;
     for (let at = 0; at < cells.length; at++) {
       if (cells[at] === 0 || distances[at] >= reach * UNIT) continue;
       cells[at] |= 1 + Math.floor((distances[at] / (reach * UNIT)) * (DEPTHS - 1));
@@ -126,6 +115,12 @@ export class InstanceMap {
     for (let y = height - 1; y >= 0; y--) for (let x = width - 1; x >= 0; x--) pass(x, y, -1);
     return distances;
   }
+}
+
+/** How much of a pixel the dark and the white line cover whose inner edges are so far inside. */
+function linesAt(distance, darkEnd, whiteEnd) {
+  const past = (edge) => Math.min(1, Math.max(0, distance - edge + 0.5));
+  return { dark: 1 - past(darkEnd), white: past(darkEnd) - past(whiteEnd) };
 }
 
 /**
@@ -183,7 +178,7 @@ export function paint(context, map, table, { view, picture, image = null }) {
 function fillLined(colours, map, { colour, alpha, dark, white }) {
   colours.fill(rgba(colour, alpha));
   for (let depth = 1; depth < DEPTHS; depth++) {
-    const share = map.linesAt(depth);
+    const share = map.lines[depth - 1];
     const layers = [
       [DARK, dark * share.dark],
       [WHITE, white * share.white],
