@@ -25,10 +25,12 @@ const UNIT = 10;
 const DIAGONAL = 14;
 const FAR = 240;
 
-// The contour, from the edge inwards, in pixels of the screen: dark and then white, to be seen on any photo.
+// The contour, from the edge inwards, in pixels of the screen: dark and then white, to be seen on any photo, and the
+// prompt's colour, to be told from another's.
 const DARK_PX = 1;
 const WHITE_PX = 2;
-const MAX_LINE_SCALE = 6; // so that `FAR` is farther than lines reach
+const COLOUR_PX = 1.5;
+const MAX_LINE_SCALE = 5; // so that `FAR` is farther than lines reach
 const DARK = [16, 19, 22];
 
 const FILL_ALPHA = 0.48;
@@ -54,9 +56,8 @@ export class InstanceMap {
       paintMask(this._cells, width, height, ends, sizeHw, (index + 1) << DEPTH_BITS);
     }
     const scale = Math.min(MAX_LINE_SCALE, Math.max(1, density));
-    const [dark, both] = [DARK_PX * scale, (DARK_PX + WHITE_PX) * scale];
-    this._reach = both + 0.5;
-    this.lines = Array.from({ length: DEPTHS - 1 }, (_, index) => linesAt(((index + 0.5) / (DEPTHS - 1)) * this._reach, dark, both));
+    this._reach = (DARK_PX + WHITE_PX + COLOUR_PX) * scale + 0.5;
+    this.lines = Array.from({ length: DEPTHS - 1 }, (_, index) => linesAt(((index + 0.5) / (DEPTHS - 1)) * this._reach, scale));
     this._measure();
   }
 
@@ -117,10 +118,11 @@ export class InstanceMap {
   }
 }
 
-/** How much of a pixel the dark and the white line cover whose inner edges are so far inside. */
-function linesAt(distance, darkEnd, whiteEnd) {
-  const past = (edge) => Math.min(1, Math.max(0, distance - edge + 0.5));
-  return { dark: 1 - past(darkEnd), white: past(darkEnd) - past(whiteEnd) };
+/** How much of a pixel so far inside each of the lines covers. */
+function linesAt(distance, scale) {
+  const past = (edgePx) => Math.min(1, Math.max(0, distance - edgePx * scale + 0.5));
+  const ends = [DARK_PX, DARK_PX + WHITE_PX, DARK_PX + WHITE_PX + COLOUR_PX].map(past);
+  return { dark: 1 - ends[0], white: ends[0] - ends[1], coloured: ends[1] - ends[2], area: ends[2] };
 }
 
 /**
@@ -146,10 +148,10 @@ export function colourTable(map, { view, threshold, lit = null, glow = () => 0 }
       colours.fill(rgba(WHITE, isDimmed ? 0.3 : 1));
     } else if (view === "instances") {
       const alpha = isDimmed ? 0.35 : 1;
-      fillLined(colours, map, { colour: mix(instance.ownColour, WHITE, 0.5 * shine), alpha, dark: alpha, white: alpha });
+      fillLined(colours, map, { colour: mix(instance.ownColour, WHITE, 0.5 * shine), alpha, dark: alpha, white: alpha, line: alpha });
     } else {
       const alpha = isDimmed ? DIMMED_ALPHA : lit === instance ? 0.7 : FILL_ALPHA + 0.45 * shine;
-      const lines = isDimmed ? { dark: 0.5, white: 0.6 } : { dark: 0.7, white: 0.95 };
+      const lines = isDimmed ? { dark: 0.5, white: 0.75, line: 0.75 } : { dark: 0.7, white: 0.95, line: 1 };
       fillLined(colours, map, { colour: mix(instance.promptColour, WHITE, 0.6 * shine), alpha, ...lines });
     }
   });
@@ -174,15 +176,15 @@ export function paint(context, map, table, { view, picture, image = null }) {
   context.globalCompositeOperation = "source-over";
 }
 
-/** One instance's colours, with its contour; `alpha` is the area's, `dark` and `white` are the lines'. */
-function fillLined(colours, map, { colour, alpha, dark, white }) {
+/** One instance's colours, with its contour; `alpha` is the area's, `dark`, `white` and `line` are the lines'. */
+function fillLined(colours, map, { colour, alpha, dark, white, line }) {
   colours.fill(rgba(colour, alpha));
   for (let depth = 1; depth < DEPTHS; depth++) {
     const share = map.lines[depth - 1];
     const layers = [
       [DARK, dark * share.dark],
       [WHITE, white * share.white],
-      [colour, alpha * (1 - share.dark - share.white)],
+      [colour, line * share.coloured + alpha * share.area],
     ];
     const sum = layers.reduce((all, [, part]) => all + part, 0);
     const blend = [0, 1, 2].map((channel) => layers.reduce((all, [of, part]) => all + of[channel] * part, 0) / sum);
