@@ -14,8 +14,14 @@ let asking = null;
 export class ApiError extends Error {
   constructor({ code, message, status = 0, details = [], requestId = null, retryAfterS = null }) {
     super(message);
-    Object.assign(this, { code, status, details, requestId, retryAfterS });
+    Object.assign(this, { code, status, details: details ?? [], requestId, retryAfterS });
   }
+}
+
+/** Any error as one that can be shown; what this page itself stumbled over is told as that. */
+export function asApiError(error) {
+  if (error instanceof ApiError) return error;
+  return new ApiError({ code: "BAD_ANSWER", message: `The page could not make use of the answer: ${error.message}` });
 }
 
 /** The absolute URL of a path of this service. */
@@ -40,7 +46,7 @@ export function onUnauthorized(ask) {
  *
  * @param {string} path without a slash in front
  * @param {RequestInit & {isQuiet?: boolean}} options `isQuiet`: nobody is asked for a key
- * @returns {Promise<Response>} with a status of 2xx
+ * @returns {Promise<any>} the JSON of an answer with a status of 2xx
  * @throws {ApiError}
  */
 export async function call(path, { isQuiet = false, ...options } = {}) {
@@ -63,11 +69,29 @@ async function send(path, options) {
   try {
     response = await fetch(urlOf(path), { ...options, headers, cache: "no-store", credentials: "omit" });
   } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new ApiError({ code: "UNREACHABLE", message: "The service did not answer." });
+    throw unreachable(error, "The service did not answer.");
   }
-  if (response.ok) return response;
-  throw await errorOf(response);
+  if (!response.ok) throw await errorOf(response);
+  return readJson(response);
+}
+
+async function readJson(response) {
+  let text;
+  try {
+    text = await response.text();
+  } catch (error) {
+    throw unreachable(error, "The connection broke before the answer was whole.");
+  }
+  try {
+    return JSON.parse(text);
+  } catch {
+    const message = "Something between this page and the service answered in its place.";
+    throw new ApiError({ code: "BAD_ANSWER", message, status: response.status, requestId: response.headers.get("X-Request-ID") });
+  }
+}
+
+function unreachable(error, message) {
+  return error.name === "AbortError" ? error : new ApiError({ code: "UNREACHABLE", message });
 }
 
 async function errorOf(response) {
@@ -107,17 +131,17 @@ const turns = new Turns(MAX_CALLS);
 
 /** What is served here: the OpenAPI document. */
 export async function readDocument() {
-  return (await call("docs.json", { isQuiet: true })).json();
+  return call("docs.json", { isQuiet: true });
 }
 
 /** `GET /health`. */
 export async function readHealth() {
-  return (await call("health", { isQuiet: true })).json();
+  return call("health", { isQuiet: true });
 }
 
 /** `GET /api/v1/model/info`, if that needs no key or the key is known. */
 export async function readModel() {
-  return (await call("api/v1/model/info", { isQuiet: true })).json();
+  return call("api/v1/model/info", { isQuiet: true });
 }
 
 /**
@@ -129,7 +153,7 @@ export async function readModel() {
  */
 export async function upload(file, name) {
   const options = { method: "PUT", body: file, headers: { "Content-Type": "application/octet-stream" } };
-  return (await (await call(`files/uploads/${name}`, options)).json()).url;
+  return (await call(`files/uploads/${name}`, options)).url;
 }
 
 /**
@@ -145,7 +169,7 @@ export function predict(body, signal) {
     const began = performance.now();
     const headers = { "Content-Type": "application/json" };
     const options = { method: "POST", body: JSON.stringify(body), headers, signal };
-    const answer = await (await call("api/v1/predict", options)).json();
+    const answer = await call("api/v1/predict", options);
     return { answer, roundTripMs: performance.now() - began };
   });
 }

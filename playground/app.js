@@ -5,7 +5,7 @@ import { byId, copyText, download, make, newUuid, replaceKeepingFocus } from "./
 import { errorCard } from "./errors.js";
 import { cocoDocument, drawPng } from "./exports.js";
 import { colourOf, cssOf } from "./palette.js";
-import { describe, filterGroups, modelLine, resultGroup, tick, timeBars } from "./panel.js";
+import { describe, describeShortly, filterGroups, modelLine, resultGroup, tick, timeBars } from "./panel.js";
 import { decodeEnds } from "./rle.js";
 import { snippet } from "./snippets.js";
 import { Stage } from "./stage.js";
@@ -48,15 +48,21 @@ const state = {
   asked: 0,
 };
 let groups = [];
+let chosen = 0; // how many pictures were: one that is decoded after a later one was chosen is dropped
 const errors = new Map(); // "picture" or a prompt's id → card
 
+const narrow = matchMedia("(max-width: 900px)");
 const stage = new Stage(byId("stage"), byId("frame"), byId("photo"), byId("overlay"));
 const editor = new BoxEditor(byId("boxes"), { onAdd: addBox, onChange: changeBox, onRemove: removeBox });
 
 // ------------------------------------------------------------------------------------------------------ the picture
 
-async function useFile(file, { isSample = false } = {}) {
+/** @param {File|Promise<File>} given */
+async function useFile(given, { isSample = false } = {}) {
+  const mine = ++chosen;
+  const file = await given;
   const picture = await readPicture(file);
+  if (mine !== chosen) return picture?.close();
   if (!state.hasFiles) return showUnderneath(picture);
   startOver({ picture, fileName: file.name ?? "pasted.png", isSample });
   if (picture === null) {
@@ -67,29 +73,53 @@ async function useFile(file, { isSample = false } = {}) {
 
 function storePicture(file) {
   const ending = /\.[A-Za-z0-9]{1,5}$/.exec(state.fileName)?.[0].toLowerCase() ?? "";
+  let repeats = 0;
   const store = () => {
     showError("picture", null);
-    state.source = api.upload(file, `playground/${newUuid()}${ending}`);
-    state.source.catch((error) => showError("picture", error, { about: "The picture was not stored", onRetry: store }));
+    const mine = (state.source = api.upload(file, `playground/${newUuid()}${ending}`));
+    mine.catch((error) => {
+      if (state.source !== mine) return; // another picture is there
+      const how = { about: "The picture was not stored", onRetry: again, isRepeatable: repeats < MAX_REPEATS };
+      showError("picture", error, how);
+    });
     askAll();
+  };
+  const again = () => {
+    repeats++;
+    store();
   };
   store();
 }
 
 /** The service's own storage has the picture; this browser may read it there, or not. */
 async function useAddress(address) {
-  startOver({ picture: null, fileName: address.split("/").pop(), isSample: false });
+  const mine = ++chosen;
+  startOver({ picture: null, fileName: lastNameOf(address), isSample: false });
   state.source = Promise.resolve(address);
   note(
     "The browser may not read this picture from the bucket, so masks are drawn without it. " +
       "Drop the same picture here to see it underneath; it is not sent anywhere.",
   );
-  const { source } = state;
   askAll();
   if (!/^https?:/.test(address)) return;
   const response = await fetch(address, { credentials: "omit" }).catch(() => null);
   const picture = response?.ok ? await readPicture(await response.blob()) : null;
-  if (picture !== null && state.source === source) showUnderneath(picture);
+  if (mine !== chosen) picture?.close();
+  else if (picture !== null) showUnderneath(picture);
+}
+
+/** Without the query: a signature there is nobody's to keep. */
+function withoutQuery(address) {
+  return address.replace(/[?#].*$/s, "");
+}
+
+function lastNameOf(address) {
+  const path = withoutQuery(address);
+  try {
+    return (/^https?:/.test(path) ? decodeURIComponent(path) : path).split("/").pop();
+  } catch {
+    return path.split("/").pop(); // a % that is one
+  }
 }
 
 function showUnderneath(picture) {
@@ -112,6 +142,7 @@ function startOver({ picture, fileName, isSample }) {
   Object.assign(state, { picture, fileName, isSample, size: null, source: null, last: null });
   state.prompts = state.prompts.filter((prompt) => prompt.text !== null);
   for (const prompt of state.prompts) forget(prompt);
+  showError("picture", null);
   if (!state.prompts.includes(state.current)) state.current = null;
   note(null);
   setSize(picture);
@@ -184,6 +215,7 @@ function addBox(box) {
 
 function changeBox(box) {
   const prompt = state.prompts.find((each) => each.boxes.includes(box));
+  if (prompt === undefined) return; // taken away during the drag
   showBoxes();
   clearTimeout(prompt.pause);
   prompt.pause = setTimeout(() => ask(prompt), KEYBOARD_PAUSE_MS);
@@ -399,7 +431,7 @@ function showBoxes() {
       colour: cssOf(prompt.colour),
     })),
   );
-  if (state.size !== null) editor.show(state.size, boxes);
+  editor.show(state.size, boxes);
 }
 
 function showError(about, error, how) {
@@ -407,7 +439,7 @@ function showError(about, error, how) {
   errors.get(about)?.element.remove();
   errors.delete(about);
   if (error === null) return;
-  const card = errorCard(error, { isRepeatable: false, ...how });
+  const card = errorCard(api.asApiError(error), { isRepeatable: false, ...how });
   errors.set(about, card);
   byId("errors").append(card.element);
 }
@@ -424,13 +456,25 @@ function light(instance, place = null) {
   const tip = byId("tip");
   tip.hidden = instance === null;
   if (instance === null) return;
-  tip.textContent = describe(instance, state.size);
-  const [x0, y0, x1] = instance.box;
-  const [x, y] = place ?? [(x0 + x1) / 2 / state.size.width, y0 / state.size.height];
+  const isNarrow = narrow.matches;
+  tip.textContent = isNarrow ? describeShortly(instance) : describe(instance, state.size);
+  const { x, y, isBelow } = isNarrow || place === null ? besideBox(instance.box, isNarrow) : byPointer(place);
   tip.style.left = `${100 * x}%`;
   tip.style.top = `${100 * y}%`;
   tip.style.setProperty("--shift", `${-100 * x}%`); // at the right edge it lies to the left
-  tip.classList.toggle("below", y < 0.15);
+  tip.classList.toggle("below", isBelow);
+}
+
+function byPointer([x, y]) {
+  return { x, y, isBelow: y < 0.15 };
+}
+
+/** Under the box or over it: the other way where there is no room. */
+function besideBox([x0, y0, x1, y1], isUnderFirst) {
+  const x = (x0 + x1) / 2 / state.size.width;
+  const [top, bottom] = [y0 / state.size.height, y1 / state.size.height];
+  const isBelow = isUnderFirst ? bottom < 0.87 : top < 0.15;
+  return { x, y: isBelow && isUnderFirst ? bottom : top, isBelow };
 }
 
 async function showModel() {
@@ -453,11 +497,14 @@ async function showModel() {
 function askForKey(reason) {
   const dialog = byId("key-dialog");
   byId("key-reason").textContent = reason;
-  byId("key").value = "";
   dialog.returnValue = "";
   dialog.showModal();
   return new Promise((resolve) => {
-    dialog.addEventListener("close", () => resolve(dialog.returnValue === "given"), { once: true });
+    const closed = () => {
+      byId("key").value = "";
+      resolve(dialog.returnValue === "given");
+    };
+    dialog.addEventListener("close", closed, { once: true });
   });
 }
 
@@ -484,10 +531,11 @@ function listenForPictures() {
     if (file.files.length) useFile(file.files[0]);
     file.value = ""; // the same one may be chosen again
   });
-  byId("sample").addEventListener("click", async () => {
+  const readSample = async () => {
     const blob = await (await fetch("playground/sample.jpg")).blob();
-    useFile(new File([blob], "shapes.jpg", { type: blob.type }), { isSample: true });
-  });
+    return new File([blob], "shapes.jpg", { type: blob.type });
+  };
+  byId("sample").addEventListener("click", () => useFile(readSample(), { isSample: true }));
   byId("another").addEventListener("click", () => {
     byId("stage").dataset.state = "empty";
     byId("empty").hidden = false;
@@ -528,7 +576,7 @@ function listenForPrompts() {
     if (event.key === "Enter" || event.key === ",") {
       event.preventDefault();
       add();
-    } else if (event.key === "Backspace" && field.value === "" && state.prompts.length) {
+    } else if (event.key === "Backspace" && !event.repeat && field.value === "" && state.prompts.length) {
       removePrompt(state.prompts.at(-1));
     }
   });
@@ -590,7 +638,10 @@ function listenForDownloads() {
     save(cocoDocument(state.fileName, state.size, found), ".coco.json");
   });
   byId("download-json").addEventListener("click", () => {
-    const told = groups.map(({ prompt }) => ({ request: { ...prompt.body, task_id: prompt.taskId }, answer: prompt.answer }));
+    const told = groups.map(({ prompt: { body, taskId, answer } }) => ({
+      request: { ...body, image_url: withoutQuery(body.image_url), task_id: taskId },
+      answer,
+    }));
     save({ file_name: state.fileName, score_threshold: state.threshold, calls: told }, ".json");
   });
 }

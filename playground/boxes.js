@@ -24,18 +24,25 @@ export class BoxEditor {
     this._layer = layer;
     this._listeners = listeners;
     this._size = null;
+    this._drag = null; // stops the one under way
+    this._waiting = null; // what was to be shown meanwhile
     this.tool = null; // "positive", "negative", or null: pointers but fingers draw positive ones
     layer.addEventListener("pointerdown", (event) => this._begin(event));
   }
 
   /**
-   * Show boxes.
+   * Show boxes; those of the same picture wait for the end of a drag, another picture ends it.
    *
    * @param {{width: number, height: number}|null} size of the picture
    * @param {{box: Box, key: string, about: string, isCurrent: boolean, colour: string}[]} boxes
    */
   show(size, boxes) {
-    this._size = size;
+    if (this._drag !== null && size === this._size) {
+      this._waiting = boxes;
+      return;
+    }
+    this._drag?.abort();
+    Object.assign(this, { _drag: null, _waiting: null, _size: size });
     replaceKeepingFocus(this._layer, ...boxes.map((shown) => this._element(shown)));
   }
 
@@ -80,15 +87,15 @@ export class BoxEditor {
   }
 
   _begin(event) {
-    if (this._size === null || event.button !== 0) return;
+    if (this._size === null || this._drag !== null || event.button !== 0) return;
     const element = event.target.closest(".box");
-    if (element !== null) return this._drag(event, element, event.target.matches(".corner") ? "resize" : "move");
+    if (element !== null) return this._follow(event, element, event.target.matches(".corner") ? "resize" : "move");
     if (event.pointerType === "touch" && this.tool === null) return; // the page is scrolled
     const label = event.shiftKey || this.tool === "negative" ? "negative" : "positive";
-    this._drag(event, null, "draw", label);
+    this._follow(event, null, "draw", label);
   }
 
-  _drag(start, element, kind, label) {
+  _follow(start, element, kind, label) {
     const from = this._pixelAt(start);
     const original = element?.box.xyxy;
     let xyxy = null;
@@ -104,18 +111,21 @@ export class BoxEditor {
     };
     const end = (event) => {
       controller.abort();
+      this._drag = null;
+      if (this._waiting !== null) this.show(this._size, this._waiting);
       const isDone = event.type === "pointerup" && xyxy !== null;
       if (kind === "draw") element?.remove();
       else if (isDone) this._listeners.onChange(Object.assign(element.box, { xyxy }));
       else this._place(element, original);
       if (kind === "draw" && isDone) this._listeners.onAdd({ xyxy, label });
     };
-    const controller = new AbortController();
+    const controller = (this._drag = new AbortController());
     const options = { signal: controller.signal };
     this._layer.setPointerCapture(start.pointerId);
     this._layer.addEventListener("pointermove", move, options);
     this._layer.addEventListener("pointerup", end, options);
     this._layer.addEventListener("pointercancel", end, options);
+    this._layer.addEventListener("lostpointercapture", end, options);
   }
 
   _draft(label) {

@@ -6,6 +6,7 @@ const SMALLER = "Choose a smaller picture.";
 const OTHER_PICTURE = "Choose another picture, or save this one as JPEG or PNG first.";
 const ADVICE = {
   UNREACHABLE: "Is it still running, and is this machine connected? Nothing is lost: try again.",
+  BAD_ANSWER: "Is the address of this page the service's own, and nobody asked to sign in on the way? Then try again.",
   UNAUTHORIZED: "Enter the service's API_SECRET_KEY.",
   VALIDATION_FAILED: "The service reads this request differently; the details say which field.",
   INVALID_PROMPT: "Say it in a few plain words, such as “red circle”.",
@@ -16,11 +17,12 @@ const ADVICE = {
   UNDECODABLE_IMAGE: OTHER_PICTURE,
   IMAGE_NOT_FOUND: "Check the key, or choose the picture again.",
   FOREIGN_IMAGE_URL: "Give a key such as uploads/desk.jpg, or a URL of the bucket.",
-  OVERLOADED: "Others are being served; it will be tried again by itself.",
-  MODEL_NOT_READY: "The model is being loaded; it will be tried again by itself.",
-  SHUTTING_DOWN: "The service is about to restart; it will be tried again by itself.",
+  OVERLOADED: "Others are being served",
+  MODEL_NOT_READY: "The model is being loaded",
+  SHUTTING_DOWN: "The service is about to restart",
   TASK_NOT_FOUND: "This service works on rows that exist already: the page cannot make one. Use a service without Supabase.",
 };
+const PASSING = new Set(["OVERLOADED", "MODEL_NOT_READY", "SHUTTING_DOWN"]); // their advice goes on with what happens next
 const COUNTED_DOWN = new Set([429, 503]);
 const FINAL = new Set([413, 415, 422]); // the same again would fail the same
 
@@ -35,14 +37,15 @@ const FINAL = new Set([413, 415, 422]); // the same again would fail the same
  * @returns {{element: HTMLElement, stop: () => void}}
  */
 export function errorCard(error, { about, onRetry, isRepeatable }) {
-  const advice = ADVICE[error.code] ?? (error.status >= 500 ? AGAIN : null);
   const mayHelp = onRetry !== null && !FINAL.has(error.status);
+  const counts = mayHelp && isRepeatable && COUNTED_DOWN.has(error.status) && error.retryAfterS !== null;
+  const advice = adviceOn(error, counts);
   const countdown = make("span", { class: "countdown" });
   const card = make(
     "article",
     { class: "error", role: "alert", data: { code: error.code } },
     make("h3", {}, about),
-    make("p", { class: "error-message" }, error.message),
+    make("p", { class: "error-message" }, sentence(error.message)),
     details(error.details.filter(({ message }) => message !== error.message)),
     advice === null ? null : make("p", { class: "error-advice" }, advice),
     make(
@@ -55,8 +58,13 @@ export function errorCard(error, { about, onRetry, isRepeatable }) {
   if (!mayHelp) return { element: card, stop() {} };
   const again = make("button", { type: "button", on: { click: onRetry } }, "Try again");
   card.append(make("p", { class: "actions" }, again, countdown));
-  const counts = isRepeatable && COUNTED_DOWN.has(error.status) && error.retryAfterS !== null;
   return { element: card, stop: counts ? countDown(countdown, error.retryAfterS, onRetry) : () => {} };
+}
+
+function adviceOn({ code, status }, isRepeated) {
+  const advice = ADVICE[code] ?? (status >= 500 ? AGAIN : null);
+  if (!PASSING.has(code)) return advice;
+  return `${advice}; ${isRepeated ? "it will be tried again by itself." : "try again in a moment."}`;
 }
 
 function details(list) {
@@ -65,13 +73,17 @@ function details(list) {
   return make("ul", { class: "error-details" }, ...rows);
 }
 
+function sentence(text) {
+  return /[.!?…]$/.test(text) ? text : `${text}.`;
+}
+
 function requestId(id) {
-  const copy = () => copyText(id);
-  return make(
-    "button",
-    { class: "request-id", type: "button", title: "Copy the request's id", "aria-label": `Copy request id ${id}`, on: { click: copy } },
-    id,
-  );
+  const copy = async () => {
+    await copyText(id);
+    button.textContent = "Copied";
+  };
+  const button = make("button", { type: "button", "aria-label": `Copy request id ${id}`, on: { click: copy } }, "Copy");
+  return make("span", { class: "request-id" }, make("code", {}, id), button);
 }
 
 function countDown(element, seconds, atZero) {

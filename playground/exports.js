@@ -1,10 +1,12 @@
 /** What can be saved. Only what is above the threshold is in it. */
 import { colourTable, InstanceMap, paint } from "./painter.js";
+import { boundsOf, decodeEnds } from "./rle.js";
 
 const LINES_MADE_FOR_PX = 1200; // on a larger picture lines are wider
 
 /**
- * A COCO document of one picture, with run-length masks and scores.
+ * A COCO document of one picture, with run-length masks and scores. As in the service's own, `bbox` is the rectangle
+ * that the mask fills, of an empty mask the model's box.
  *
  * @param {string} fileName
  * @param {{width: number, height: number}} size
@@ -15,7 +17,7 @@ export function cocoDocument(fileName, size, found) {
     instances.map(({ box_xyxy_px: [x0, y0, x1, y1], area_px: area, mask_rle: segmentation, score }) => ({
       image_id: 1,
       category_id: index + 1,
-      bbox: [x0, y0, x1 - x0, y1 - y0],
+      bbox: boundsOf(decodeEnds(segmentation.counts), segmentation.size) ?? [x0, y0, x1 - x0, y1 - y0],
       area,
       segmentation,
       iscrowd: 0,

@@ -16,9 +16,22 @@ import { paintMask } from "./rle.js";
  */
 
 // What the map holds of a pixel: the instance's number, from 1 on, and in the lowest bits how far inside it the pixel is:
-// 1 is the outermost, 0 is farther in than any line. So there can be 8,191 instances.
-const DEPTH_BITS = 3;
+// 1 is the outermost, 0 is farther in than any line. So there can be 4,095 instances.
+const DEPTH_BITS = 4;
 const DEPTHS = 1 << DEPTH_BITS;
+
+// Of distances: a step to the side and one across, and what is as far as can be told.
+const UNIT = 10;
+const DIAGONAL = 14;
+const FAR = 240;
+
+// The contour, from the edge inwards, in pixels of the screen: dark and then white, to be seen on any photo, and the
+// prompt's colour, to be told from another's.
+const DARK_PX = 1;
+const WHITE_PX = 2;
+const COLOUR_PX = 1.5;
+const MAX_LINE_SCALE = 5; // so that `FAR` is farther than lines reach
+const DARK = [16, 19, 22];
 
 const FILL_ALPHA = 0.48;
 const DIMMED_ALPHA = 0.34;
@@ -42,12 +55,10 @@ export class InstanceMap {
       const { ends, sizeHw } = instances[index];
       paintMask(this._cells, width, height, ends, sizeHw, (index + 1) << DEPTH_BITS);
     }
-    this.outlineDepth = Math.min(3, Math.max(1, Math.round(1.2 * density))); // white, for any photo
-    this.lineDepth = Math.min(DEPTHS - 1, this.outlineDepth + Math.max(1, Math.round(1.6 * density))); // coloured
-    this._mark(1, (cell, other) => cell >> DEPTH_BITS !== other >> DEPTH_BITS);
-    for (let depth = 2; depth <= this.lineDepth; depth++) {
-      this._mark(depth, (cell, other) => (other & (DEPTHS - 1)) === depth - 1);
-    }
+    const scale = Math.min(MAX_LINE_SCALE, Math.max(1, density));
+    this._reach = (DARK_PX + WHITE_PX + COLOUR_PX) * scale + 0.5;
+    this.lines = Array.from({ length: DEPTHS - 1 }, (_, index) => linesAt(((index + 0.5) / (DEPTHS - 1)) * this._reach, scale));
+    this._measure();
   }
 
   /** The instance at a pixel that is drawn there above the threshold, or null. */
@@ -68,21 +79,50 @@ export class InstanceMap {
     for (let i = 0; i < cells.length; i++) pixels[i] = table[cells[i]];
   }
 
-  _mark(depth, isAtEdge) {
-    const { width, height, _cells: cells } = this;
-    for (let y = 0, at = 0; y < height; y++) {
-      for (let x = 0; x < width; x++, at++) {
-        const cell = cells[at];
-        if (cell === 0 || cell & (DEPTHS - 1)) continue;
-        const touches =
-          (x > 0 && isAtEdge(cell, cells[at - 1])) ||
-          (x + 1 < width && isAtEdge(cell, cells[at + 1])) ||
-          (y > 0 && isAtEdge(cell, cells[at - width])) ||
-          (y + 1 < height && isAtEdge(cell, cells[at + width]));
-        if (touches) cells[at] = cell | depth;
-      }
+  /** Note in each cell how far inside its instance it is, as far as lines reach. */
+  _measure() {
+    const distances = this._distances();
+    const { _cells: cells, _reach: reach } = this;
+    for (let at = 0; at < cells.length; at++) {
+      if (cells[at] === 0 || distances[at] >= reach * UNIT) continue;
+      cells[at] |= 1 + Math.floor((distances[at] / (reach * UNIT)) * (DEPTHS - 1));
     }
   }
+
+  /**
+   * From each pixel's centre to the nearest edge of its instance, in `UNIT`s of a pixel: two passes that go by steps to
+   * the eight neighbours (Borgefors, 1986), at most 8 % off.
+   */
+  _distances() {
+    const { width, height, _cells: cells } = this;
+    const distances = new Uint8Array(width * height).fill(FAR);
+    const step = (at, next, length) => {
+      const there = cells[next] === cells[at] ? distances[next] + length : length / 2;
+      if (there < distances[at]) distances[at] = there;
+    };
+    const pass = (x, y, way) => {
+      const at = y * width + x;
+      if (cells[at] === 0) return;
+      const [hasBefore, hasAfter] = way > 0 ? [x > 0, x + 1 < width] : [x + 1 < width, x > 0];
+      const hasRow = way > 0 ? y > 0 : y + 1 < height;
+      if (hasBefore) step(at, at - way, UNIT);
+      if (!hasRow) return;
+      const row = at - way * width;
+      step(at, row, UNIT);
+      if (hasBefore) step(at, row - way, DIAGONAL);
+      if (hasAfter) step(at, row + way, DIAGONAL);
+    };
+    for (let y = 0; y < height; y++) for (let x = 0; x < width; x++) pass(x, y, 1);
+    for (let y = height - 1; y >= 0; y--) for (let x = width - 1; x >= 0; x--) pass(x, y, -1);
+    return distances;
+  }
+}
+
+/** How much of a pixel so far inside each of the lines covers. */
+function linesAt(distance, scale) {
+  const past = (edgePx) => Math.min(1, Math.max(0, distance - edgePx * scale + 0.5));
+  const ends = [DARK_PX, DARK_PX + WHITE_PX, DARK_PX + WHITE_PX + COLOUR_PX].map(past);
+  return { dark: 1 - ends[0], white: ends[0] - ends[1], coloured: ends[1] - ends[2], area: ends[2] };
 }
 
 /**
@@ -107,13 +147,12 @@ export function colourTable(map, { view, threshold, lit = null, glow = () => 0 }
     if (view === "cutout" || view === "mask") {
       colours.fill(rgba(WHITE, isDimmed ? 0.3 : 1));
     } else if (view === "instances") {
-      colours.fill(rgba(mix(instance.ownColour, WHITE, 0.5 * shine), isDimmed ? 0.35 : 1));
-      colours.fill(rgba(WHITE, isDimmed ? 0.35 : 1), 1, map.outlineDepth + 1);
+      const alpha = isDimmed ? 0.35 : 1;
+      fillLined(colours, map, { colour: mix(instance.ownColour, WHITE, 0.5 * shine), alpha, dark: alpha, white: alpha, line: alpha });
     } else {
       const alpha = isDimmed ? DIMMED_ALPHA : lit === instance ? 0.7 : FILL_ALPHA + 0.45 * shine;
-      colours.fill(rgba(mix(instance.promptColour, WHITE, 0.6 * shine), alpha));
-      colours.fill(rgba(instance.promptColour, isDimmed ? 0.75 : 1), 1, map.lineDepth + 1);
-      colours.fill(rgba(WHITE, isDimmed ? 0.75 : 0.95), 1, map.outlineDepth + 1);
+      const lines = isDimmed ? { dark: 0.5, white: 0.75, line: 0.75 } : { dark: 0.7, white: 0.95, line: 1 };
+      fillLined(colours, map, { colour: mix(instance.promptColour, WHITE, 0.6 * shine), alpha, ...lines });
     }
   });
   return table;
@@ -135,6 +174,22 @@ export function paint(context, map, table, { view, picture, image = null }) {
   context.globalCompositeOperation = "source-in";
   context.drawImage(picture, 0, 0, map.width, map.height);
   context.globalCompositeOperation = "source-over";
+}
+
+/** One instance's colours, with its contour; `alpha` is the area's, `dark`, `white` and `line` are the lines'. */
+function fillLined(colours, map, { colour, alpha, dark, white, line }) {
+  colours.fill(rgba(colour, alpha));
+  for (let depth = 1; depth < DEPTHS; depth++) {
+    const share = map.lines[depth - 1];
+    const layers = [
+      [DARK, dark * share.dark],
+      [WHITE, white * share.white],
+      [colour, line * share.coloured + alpha * share.area],
+    ];
+    const sum = layers.reduce((all, [, part]) => all + part, 0);
+    const blend = [0, 1, 2].map((channel) => layers.reduce((all, [of, part]) => all + of[channel] * part, 0) / sum);
+    colours[depth] = rgba(blend, sum);
+  }
 }
 
 function mix(from, to, share) {

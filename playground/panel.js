@@ -16,6 +16,12 @@ export function describe({ score, areaPx, box, label }, size) {
   return `${label} ${score.toFixed(2)} · ${x1 - x0}×${y1 - y0} px · ${areaPx.toLocaleString("en")} px (${shareOf(areaPx, size)})`;
 }
 
+/** Where there is little room: the picture shows which one it is. */
+export function describeShortly({ score, box }) {
+  const [x0, y0, x1, y1] = box.map(Math.round);
+  return `${score.toFixed(2)} · ${x1 - x0}×${y1 - y0}`;
+}
+
 /**
  * One prompt's part of the list.
  *

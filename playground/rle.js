@@ -43,6 +43,27 @@ export function decodeEnds(counts) {
 }
 
 /**
+ * The rectangle that a mask fills.
+ *
+ * @param {Uint32Array} ends of `decodeEnds`
+ * @param {[number, number]} sizeHw of the mask
+ * @returns {[number, number, number, number]|null} x, y, width and height in the mask's pixels, or null if it is empty
+ */
+export function boundsOf(ends, [height]) {
+  let [left, top, right, bottom] = [Infinity, Infinity, 0, 0];
+  for (let run = 0; run + 1 < ends.length; run += 2) {
+    const [first, last] = [ends[run], ends[run + 1] - 1];
+    if (last < first) continue;
+    const [x0, x1] = [Math.floor(first / height), Math.floor(last / height)];
+    left = Math.min(left, x0);
+    right = Math.max(right, x1 + 1);
+    top = x0 === x1 ? Math.min(top, first % height) : 0; // into the next column: through its first row
+    bottom = x0 === x1 ? Math.max(bottom, (last % height) + 1) : height;
+  }
+  return right === 0 ? null : [left, top, right - left, bottom - top];
+}
+
+/**
  * Write `value` into every pixel of `map` whose centre is inside the mask.
  *
  * @param {Uint16Array} map row by row, `width` × `height`

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
+import numpy as np
 import pytest
 import uvicorn
 from playwright.sync_api import expect
+from pycocotools import mask as coco_mask
 from starlette.middleware.exceptions import ExceptionMiddleware
 
 from api.access import KeyCheck
@@ -29,6 +32,7 @@ from tests.playground.conftest import OpenPage
 pytestmark = pytest.mark.timeout(600)  # Chromium may have to be installed
 
 PREDICT = "/api/v1/predict"
+MASK = np.array([[0, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0]], np.uint8)
 
 
 async def nothing_is_loaded() -> ModelInfo:
@@ -113,3 +117,26 @@ def test_the_same_picture_can_be_shown_underneath_and_is_sent_nowhere(open_page:
     expect(page.locator("#frame")).to_be_visible()
     assert {request.method for request in watched.requests} == {"GET"}
     assert json.loads(page.evaluate("JSON.stringify(document.querySelector('#photo').width > 300)"))
+
+
+def test_what_is_saved_holds_no_signature_of_a_url(open_page: OpenPage, page_url: str) -> None:
+    page = open_page().page
+    mask = {"size": [4, 5], "counts": coco_mask.encode(np.asfortranarray(MASK))["counts"].decode()}
+    found = {"score": 0.9, "box_xyxy_px": [0.4, 0.2, 4.7, 3.9], "area_px": 3, "mask_rle": mask}
+    answer = {"image_size": {"width": 5, "height": 4}, "instances": [found], "timings_ms": {"total": 1.0}}
+    page.route(f"**{PREDICT}", lambda route: route.fulfill(json=answer))
+    page.locator("#address").fill(f"{page_url}/files/uploads/my%20desk.jpg?X-Amz-Signature=secret")
+    page.locator("#address").press("Enter")
+    page.locator("#prompt").fill("red circle")
+    page.keyboard.press("Enter")
+    page.locator(".chip[data-status=done]").wait_for()
+    texts = {}
+    for button in ("coco", "json"):
+        with page.expect_download() as download:
+            page.locator(f"#download-{button}").click()
+        assert download.value.suggested_filename.startswith("my desk.")
+        texts[button] = Path(download.value.path()).read_text()
+        assert "secret" not in texts[button]
+    document = json.loads(texts["coco"])
+    assert document["images"][0]["file_name"] == "my desk.jpg"
+    assert document["annotations"][0]["bbox"] == [1, 1, 2, 2]

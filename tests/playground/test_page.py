@@ -286,6 +286,36 @@ def test_score_and_size_are_told_of_what_is_under_the_pointer(open_page: OpenPag
     expect(page.locator("#tip")).to_be_hidden()
 
 
+def test_a_contour_is_dark_and_then_white_and_as_wide_in_every_direction(open_page: OpenPage) -> None:
+    down, across = np.mgrid[0:200, 0:200]
+    rle = coco_mask.encode(np.asfortranarray((np.hypot(across - 100, down - 100) < 80).astype(np.uint8)))
+    pixels = open_page().page.evaluate(
+        """async (counts) => {
+            const { colourTable, InstanceMap } = await import("/playground/painter.js");
+            const { decodeEnds } = await import("/playground/rle.js");
+            const red = [255, 0, 0];
+            const colours = { promptColour: red, ownColour: red };
+            const disc = { score: 0.9, ends: decodeEnds(counts), sizeHw: [200, 200], ...colours };
+            const map = new InstanceMap(200, 200, [disc]);
+            const pixels = new Uint32Array(200 * 200);
+            map.fill(pixels, colourTable(map, { view: "overlay", threshold: 0.5 }));
+            return [...new Uint8Array(pixels.buffer)];
+        }""",
+        rle["counts"].decode(),
+    )
+    image = np.array(pixels, float).reshape(200, 200, 4)
+    # The least of the three colours is what white there is: mean width of the ring, by its area.
+    whiteness = image[..., :3].min(2) / 255 * image[..., 3] / 255
+    inwards = 80 - np.hypot(across - 100, down - 100)
+    for angle in range(0, 180, 15):
+        near = np.abs(np.degrees(np.arctan2(down - 100, across - 100)) - angle) < 5
+        ring = whiteness[near].sum() / (np.radians(10) * 78)
+        assert ring == pytest.approx(2, abs=0.4), angle
+        outermost = image[near & (inwards > 0) & (inwards < 0.8)]
+        assert outermost[:, :3].mean() < 90 and outermost[:, 3].mean() > 120
+    assert len(np.unique(whiteness[(inwards > 0) & (inwards < 4)].round(2))) >= 6  # smooth, not one step
+
+
 # -------------------------------------------------------------------------------------------------------- the slider
 
 
@@ -407,6 +437,7 @@ def test_a_wrong_key_is_told_and_asked_for_again_and_the_right_one_goes_on(open_
     ask(page, "red circle")
     wait_answered(page, "red circle")
     expect(page.locator("#model")).to_contain_text("SAM3 · demo")
+    assert page.locator("#key").input_value() == ""
     kept = page.evaluate(
         "JSON.stringify([{ ...localStorage }, { ...sessionStorage }, document.cookie, location.href])"
     )
@@ -481,7 +512,123 @@ def test_a_service_that_is_gone_is_told_as_that(open_page: OpenPage) -> None:
     assert tasks[1] == tasks[2] != tasks[0]  # asked again, it is the same task
 
 
+BROKEN_FETCH = """(path) => {
+    const whole = window.fetch;
+    const start = (body) => { body.enqueue(new Uint8Array([123])); body.error(new TypeError("network error")); };
+    const broken = () => new Response(new ReadableStream({ start }));
+    window.fetch = (url, options) => url.endsWith(path) ? Promise.resolve(broken()) : whole(url, options);
+}"""
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "words"),
+    [
+        pytest.param("<html>Sign in</html>", "BAD_ANSWER", "in its place", id="a proxy's page"),
+        pytest.param("{}", "BAD_ANSWER", "could not make use of the answer", id="JSON of another kind"),
+        pytest.param(None, "UNREACHABLE", "before the answer was whole", id="broken in the middle"),
+    ],
+)
+def test_an_answer_that_is_none_is_told_and_waited_for_no_longer(
+    open_page: OpenPage, body: str | None, code: str, words: str
+) -> None:
+    page = sample_page(open_page).page
+    if body is None:
+        page.evaluate(BROKEN_FETCH, PREDICT)
+    else:
+        page.route(f"**{PREDICT}", lambda route: route.fulfill(status=200, body=body))
+    ask(page, "red circle")
+    expect(page.locator(f".error[data-code={code}]")).to_contain_text(words)
+    expect(page.locator(".chip")).to_have_attribute("data-status", "error")
+
+
+def overloaded(route: Route, headers: dict[str, str]) -> None:
+    error = {"code": "OVERLOADED", "message": "Too many requests"}
+    told = {"success": False, "data": None, "error": error, "meta": {"request_id": "r-1", "timestamp": ""}}
+    route.fulfill(status=429, headers=headers, json=told)
+
+
+def test_what_an_error_promises_is_done(open_page: OpenPage) -> None:
+    watched = open_page()
+    page = watched.page
+    uploads = "**/files/uploads/**"
+    page.route(uploads, lambda route: overloaded(route, {"Retry-After": "2"}), times=1)
+    page.locator("#sample").click()
+    card = page.locator(".error[data-code=OVERLOADED]")
+    expect(card).to_contain_text(
+        "Too many requests.Others are being served; it will be tried again by itself."
+    )
+    expect(card.get_by_role("button", name="Copy request id r-1")).to_have_text("Copy")
+    give_key(page)  # asked for by the second upload
+    ask(page, "red circle")
+    wait_answered(page, "red circle")
+    page.route(f"**{PREDICT}", lambda route: overloaded(route, {}))
+    ask(page, "green star")
+    expect(card).to_contain_text("Others are being served; try again in a moment.")
+
+
+def small_picture(name: str, side: int) -> dict[str, Any]:
+    file = io.BytesIO()
+    Image.new("RGB", (side, 200)).save(file, "PNG")
+    return {"name": name, "mimeType": "image/png", "buffer": file.getvalue()}
+
+
+def test_an_upload_that_fails_late_says_nothing_about_the_next_picture(open_page: OpenPage) -> None:
+    page = sample_page(open_page).page
+    held: list[Route] = []
+    page.route("**/files/uploads/**", lambda route: held.append(route), times=1)
+    with page.expect_request("**/files/uploads/**"):
+        page.locator("#file").set_input_files(small_picture("first.png", 300))  # type: ignore[arg-type]
+    with page.expect_response("**/files/uploads/**"):
+        page.locator("#file").set_input_files(SHAPES_JPG)
+    with page.expect_event("requestfailed"):
+        held[0].abort()
+    ask(page, "red circle")
+    wait_answered(page, "red circle")
+    assert page.locator(".error").count() == 0
+
+
+def test_the_picture_chosen_last_wins_however_long_another_takes(open_page: OpenPage) -> None:
+    watched = sample_page(open_page)
+    page = watched.page
+    page.evaluate(
+        """() => {
+            const decode = window.createImageBitmap;
+            window.slow = new Promise((resolve) => (window.goOn = resolve));
+            window.createImageBitmap = async (file) => {
+                if (file.name === "slow.png") await window.slow;
+                return decode(file);
+            };
+        }"""
+    )
+    page.locator("#file").set_input_files(small_picture("slow.png", 300))  # type: ignore[arg-type]
+    with page.expect_response("**/files/uploads/**"):
+        page.locator("#file").set_input_files(small_picture("quick.png", 400))  # type: ignore[arg-type]
+    page.evaluate("async () => { window.goOn(); await new Promise((resolve) => setTimeout(resolve, 200)); }")
+    frame = page.locator("#frame").bounding_box()
+    assert frame is not None and frame["width"] / frame["height"] == pytest.approx(2, abs=0.02)
+    assert len([one for one in watched.requests if one.method == "PUT" and "x-api-key" in one.headers]) == 2
+
+
 # ------------------------------------------------------------------------------------------------------- example boxes
+
+
+def test_a_box_that_is_being_drawn_outlives_an_answer(open_page: OpenPage) -> None:
+    page = sample_page(open_page).page
+    held: list[Route] = []
+    page.route(f"**{PREDICT}", lambda route: held.append(route), times=1)
+    with page.expect_request(f"**{PREDICT}"):
+        ask(page, "red circle")
+    frame = page.locator("#frame").bounding_box()
+    assert frame is not None
+    page.mouse.move(frame["x"] + 60, frame["y"] + 60)
+    page.mouse.down()
+    page.mouse.move(frame["x"] + 160, frame["y"] + 160, steps=3)
+    held[0].continue_()
+    wait_answered(page, "red circle")
+    assert page.locator(".box.draft").count() == 1
+    page.mouse.up()
+    expect(page.locator(".box:not(.draft)")).to_have_count(1)
+    assert page.locator(".box.draft").count() == 0
 
 
 def boxes_sent(watched: Watched) -> Any:
@@ -573,6 +720,12 @@ def test_everything_can_be_done_with_the_keyboard_alone(open_page: OpenPage) -> 
     expect(page.locator("#prompt")).to_be_focused()
     page.keyboard.press("Backspace")
     assert page.locator(".chip").count() == 0
+    page.keyboard.type("green star, blue square")
+    page.keyboard.press("Enter")
+    for _ in range(4):
+        page.keyboard.down("Backspace")  # held: the first press counts
+    page.keyboard.up("Backspace")
+    assert page.locator(".chip").count() == 1
 
 
 # --------------------------------------------------------------------------------------------------- narrow, dark, calm
@@ -609,9 +762,10 @@ def test_nothing_is_wider_than_a_telephone(open_page: OpenPage) -> None:
     frame = page.locator("#frame").bounding_box()
     assert frame is not None and 320 < frame["width"] <= 390
     page.touchscreen.tap(frame["x"] + frame["width"] * 170 / 800, frame["y"] + frame["height"] * 178 / 600)
-    expect(page.locator("#tip")).to_contain_text("red circle")
+    expect(page.locator("#tip")).to_have_text(re.compile(r"^0\.\d\d · \d+×\d+$"))
     tip = page.locator("#tip").bounding_box()
-    assert tip is not None and tip["x"] >= 0 and tip["x"] + tip["width"] <= 390
+    assert tip is not None and tip["y"] >= frame["y"] + frame["height"] * 0.45  # under the circle
+    assert tip["x"] >= 0 and tip["x"] + tip["width"] <= 390
 
 
 CONTRASTS = """() => {
@@ -680,6 +834,7 @@ def test_what_is_saved_is_what_is_seen_and_others_can_read_it(open_page: OpenPag
     union = np.zeros((600, 800), bool)
     for annotation in document.loadAnns(document.getAnnIds()):
         one = document.annToMask(annotation).astype(bool)
+        assert annotation["bbox"] == coco_mask.toBbox(annotation["segmentation"]).tolist()
         assert annotation["area"] == one.sum()
         union |= one
     assert np.array_equal(union, mask == 255)
