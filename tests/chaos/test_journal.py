@@ -113,7 +113,8 @@ def test_a_full_disk_refuses_new_work_until_there_is_room_again(
         accepted, refusal = first_refusal(kept, tasks)
         assert_refused(refusal)
         assert world.status(tasks[accepted]) == "pending"
-        assert journal_status(kept) == "down"
+        # The worker that could not write says so; which of the two is asked, nobody knows.
+        wait_until(lambda: journal_status(kept) == "down", 30, "a worker tells it", kept.log)
         assert pids(kept) == before
         # Started on a disk that is full, it is up to say so, and is not started again and again.
         kept.kill("all", random.Random(0))
