@@ -1,7 +1,7 @@
 # `make demo` on a bare machine (Linux, Python 3.11 or newer, git, make) does everything itself.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve weights test test-all test-edge edge-types parity-clicks screenshots chaos soak check fix bench parity bento audit pins
+.PHONY: help install demo serve weights test test-all test-edge test-playground edge-types parity-clicks screenshots chaos soak check fix bench parity bento audit pins
 
 BIN := .venv/bin
 # Set on make's command line alone: some systems export HOST, and that must not open the service to the network.
@@ -30,13 +30,16 @@ weights: install ## Fetch the real SAM3 (3.4 GB, gated: HF_TOKEN) into weights/s
 	@$(BIN)/python -m sam3_runner fetch $(ARGS)
 
 test: install ## The tests (ARGS="-k urls" for some of them)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --ignore=tests/chaos --ignore=tests/edge -n logical --maxprocesses 4 --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --ignore=tests/chaos --ignore=tests/edge --ignore=tests/playground -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-all: install ## The slow ones too
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-edge: install ## The Edge's client and Worker, end to end in the Workers runtime (Node 20)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/edge $(ARGS)
+
+test-playground: install ## The playground in a real browser (installs Debian's Chromium if it may)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/playground $(ARGS)
 
 edge-types: install ## The TypeScript types of the API anew
 	@$(BIN)/python -m tests.edge.schema
